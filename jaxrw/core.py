@@ -1,0 +1,233 @@
+"""The interface: a weighting is a pair of pure functions, and weightings compose.
+
+`weights` are dimensionless multipliers with neutral value 1. A stage receives the weights so far
+and returns them times its own, so a chain starts at ones and ends at the multipliers of the losses.
+The pair looks like an optax transformation but is its own type: weights change with the *optimizer
+step*, which is a signal here, and never with a count of calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+SIGNALS = (
+  'losses',
+  'base',
+  'group_ids',
+  'labels',
+  'logits',
+  'example_ids',
+  'step',
+  'key',
+  'grad_norms',
+  'alignment',
+  'ref_losses',
+  'representation',
+  'anchor',
+  'sampling_prob',
+  'objective_prob',
+  'extra',
+)
+
+Factory = TypeVar('Factory', bound=Callable[..., Any])
+
+
+class Weighting(NamedTuple):
+  """A stateful map from signals to weights.
+
+  Attributes:
+    init: () -> state. A stateless weighting returns `()`.
+    update: (weights, state, **signals) -> (weights, state). `weights` are float[B] or float[B, T],
+      the shape of the losses; what comes back has the same shape, dtype and sharding. A signal the
+      stage needs is a keyword without default; the rest it swallows.
+  """
+
+  init: Callable[[], Any]
+  update: Callable[..., tuple[jax.Array, Any]]
+
+
+def stateless(update: Callable[..., jax.Array]) -> Weighting:
+  """A weighting without state, from `update(weights, **signals) -> weights`."""
+  return Weighting(
+    lambda: (), lambda weights, state, **signals: (update(weights, **signals), state)
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Declaration:
+  """What a public weighting promises; shown in the docs and held to by the contract tests.
+
+  Attributes:
+    scale: 'normalized' keeps sum(base * w); 'absolute' has mean 1 in expectation only; 'signed' may
+      sum to 0.
+    level: 'example' gives all tokens of an example the same multiplier; 'entry' acts on `[B]` or
+      `[B, T]` as is.
+    provenance: 'paper', 'official_code', 'reconstructed' or 'ours'.
+    source: where the formula comes from.
+  """
+
+  scale: str
+  level: str
+  provenance: str
+  source: str = ''
+
+
+def declare(
+  scale: str, level: str, provenance: str, source: str = ''
+) -> Callable[[Factory], Factory]:
+  """Attaches a `Declaration` to a public factory, as its attribute `declaration`."""
+
+  def mark(factory: Factory) -> Factory:
+    vars(factory)['declaration'] = Declaration(scale, level, provenance, source)
+    return factory
+
+  return mark
+
+
+def at_step(value: Any, step: Any, name: str) -> Any:
+  """A hyperparameter at a step: `value(step)` for a schedule, else the value itself."""
+  if not callable(value):
+    return value
+  if step is None:
+    raise TypeError(f'{name} is a schedule, so the weighting needs the signal `step`')
+  return value(step)
+
+
+def check_signals(names: Iterable[str]) -> None:
+  """Rejects signal names nobody defined; a stage would silently swallow a misspelled one.
+
+  Raises:
+    TypeError: for an unknown name, with the nearest known one.
+  """
+  for name in names:
+    if name not in SIGNALS:
+      near = difflib.get_close_matches(name, SIGNALS, n=1)
+      hint = f'did you mean {near[0]!r}? ' if near else ''
+      raise TypeError(
+        f"unknown signal {name!r}: {hint}your own signals go in extra={{'{name}': ...}}"
+      )
+
+
+def chain(**stages: Weighting) -> Weighting:
+  """Runs stages in the order given; each gets the weights of the one before.
+
+  The state is a dict keyed by stage name in which stateless stages leave no trace, so a checkpoint
+  survives adding or removing one.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxrw
+    >>> rw = jaxrw.chain(loss=jaxrw.linupper(0.4), cap=jaxrw.cap(1.5))
+    >>> w, _ = rw.update(jnp.ones(3), rw.init(), losses=jnp.array([1.0, 2.0, 3.0]))
+    >>> [round(float(x), 4) for x in w]
+    [0.1183, 1.4409, 1.4409]
+  """
+
+  def init() -> dict[str, Any]:
+    states = {name: stage.init() for name, stage in stages.items()}
+    return {name: state for name, state in states.items() if jax.tree.leaves(state)}
+
+  def update(weights: jax.Array, state: Mapping[str, Any], **signals: Any):
+    check_signals(signals)
+    new_state = {}
+    for name, stage in stages.items():
+      inner = state[name] if name in state else stage.init()
+      if name not in state and jax.tree.leaves(inner):
+        raise KeyError(f'no state for stage {name!r}; start from init()')
+      weights, inner = stage.update(weights, inner, **signals)
+      if name in state:
+        new_state[name] = inner
+    return weights, new_state
+
+  return Weighting(init, update)
+
+
+def after(start: int, stage: Weighting) -> Weighting:
+  """Burn-in: the stage acts from optimizer step `start` on; before, weights and state pass
+  unchanged.
+
+  Args:
+    start: first step at which the stage acts; 0 is the stage itself.
+    stage: any weighting that keeps the shape of the weights.
+
+  Raises:
+    ValueError: if `start` is negative, or the stage changes the weights' shape.
+  """
+  if start < 0:
+    raise ValueError(f'start={start} must be at least 0')
+
+  def update(weights: jax.Array, state: Any, *, step: Any, **signals: Any):
+    new, new_state = stage.update(weights, state, step=step, **signals)
+    if new.shape != weights.shape:
+      raise ValueError(f'after: the stage turned weights {weights.shape} into {new.shape}')
+    return jax.tree.map(
+      lambda a, b: jnp.where(step >= start, a, b), (new, new_state), (weights, state)
+    )
+
+  return Weighting(stage.init, update)
+
+
+def from_config(order: Iterable[str], specs: Mapping[str, Mapping[str, Any]]) -> Weighting:
+  """Builds a chain from plain mappings, for configs.
+
+  Args:
+    order: stage names, first to last. Order lives here because config mappings sort their keys.
+    specs: stage name -> dict(fn=name in `jaxrw.weights`, start=burn-in steps (optional),
+      **arguments). A `temperature` may be a mapping with the arguments of `temperature_schedule`; a
+      `stage` may be another spec.
+
+  Raises:
+    ValueError: unknown stage or function, or arguments the function refuses.
+
+  Example:
+    >>> import jaxrw
+    >>> rw = jaxrw.from_config(('loss', 'cap'), {
+    ...     'loss': dict(fn='linupper', temperature=0.4, start=1_000),
+    ...     'cap': dict(fn='cap', limit=4.0)})
+  """
+  order = tuple(order)
+  if len(set(order)) != len(order):
+    raise ValueError(f'weighting={order} names a stage twice; stage names must differ')
+  unused = sorted(set(specs) - set(order))
+  if unused:
+    raise ValueError(f'w.{unused[0]} is not in weighting={order}; add it there or remove it')
+  missing = [name for name in order if name not in specs]
+  if missing:
+    raise ValueError(f'weighting={order} names {missing[0]!r}, but w.{missing[0]} is missing')
+  return chain(**{name: _stage_from_config(f'w.{name}', specs[name]) for name in order})
+
+
+def _stage_from_config(path: str, spec: Mapping[str, Any]) -> Weighting:
+  from jaxrw import weights  # here, because the weightings themselves import this module
+
+  arguments = dict(spec)
+  start = arguments.pop('start', 0)
+  name = arguments.pop('fn', None)
+  known = [n for n in weights.__all__ if hasattr(getattr(weights, n), 'declaration')]
+  if name not in known:
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f'did you mean {near[0]!r}?' if near else f'known: {", ".join(known)}'
+    raise ValueError(f'{path}.fn={name!r} is not a weighting; {hint}')
+  if isinstance(arguments.get('temperature'), Mapping):
+    arguments['temperature'] = weights.temperature_schedule(**arguments['temperature'])
+  if isinstance(arguments.get('stage'), Mapping):
+    arguments['stage'] = _stage_from_config(f'{path}.stage', arguments['stage'])
+  try:
+    stage = getattr(weights, name)(**arguments)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f'{path}: {error}') from error
+  return after(start, stage) if start else stage
+
+
+def check_positive(**values: Any) -> None:
+  """Raises ValueError unless every concrete number is > 0; schedules and traced values pass
+  unchecked."""
+  for name, value in values.items():
+    if isinstance(value, (int, float)) and (math.isnan(value) or value <= 0):
+      raise ValueError(f'{name}={value} must be greater than 0')

@@ -1,0 +1,314 @@
+"""The contract suite: what every weighting promises, as checks for your own weightings too.
+
+>>> import jaxrw, jaxrw.testing
+>>> jaxrw.testing.check_weighting(jaxrw.linupper(0.4))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxrw.core import Weighting, chain
+from jaxrw.steps import TrainState, base_measure, make_train_step
+
+_ROWS, _TOKENS, _GROUPS = 16, 6, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """A weighting under test and what it claims; see `check_weighting`."""
+
+  weighting: Weighting
+  scale: str = 'normalized'
+  level: str = 'example'
+  equivariant: bool = True
+  rtol: float = 2e-5
+  extra_signals: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda signals: {}
+
+  def apply(self, losses, base, weights=None, rows=None, state=None):
+    """(weights, state) for losses [B] or [B, T]; `rows` are the examples' identities."""
+    rows = np.arange(losses.shape[0]) if rows is None else rows
+    signals = {
+      'losses': losses,
+      'base': base,
+      'group_ids': jnp.asarray(rows % _GROUPS, jnp.int32),
+      'example_ids': jnp.asarray(rows, jnp.int32),
+      'step': jnp.asarray(7, jnp.int32),
+      'key': jax.random.key(3),
+    }
+    signals |= self.extra_signals(signals)
+    weights = jnp.ones(losses.shape, jnp.float32) if weights is None else weights
+    state = self.weighting.init() if state is None else state
+    return self.weighting.update(weights, state, **signals)
+
+
+def _example(tokens: bool, seed: int = 0):
+  """Losses, uneven base with padding, and incoming weights of base-mean 1."""
+  rng = np.random.default_rng(seed)
+  shape = (_ROWS, _TOKENS) if tokens else (_ROWS,)
+  losses = rng.gamma(4.0, 0.7, shape).astype(np.float32)
+  valid = rng.random(shape) < 0.8
+  valid[3] = False  # an example that is all padding
+  valid[0] = True
+  base = np.asarray(base_measure(jnp.asarray(valid, jnp.float32), jnp.asarray(losses), 'any'))
+  if not tokens:
+    base = base * rng.integers(1, 9, shape).astype(np.float32)
+  weights = rng.uniform(0.5, 2.0, shape)
+  return losses, base, (weights * np.sum(base) / np.sum(base * weights)).astype(np.float32)
+
+
+def _both_ranks():
+  return (_example(tokens=False), _example(tokens=True))
+
+
+def shape_dtype_and_sum(subject: Subject) -> None:
+  """Same shape, float32, finite, non-negative unless signed; sum(base * w) kept where
+  normalized."""
+  for losses, base, weights in _both_ranks():
+    for incoming in (np.ones_like(weights), weights):
+      out, _ = subject.apply(jnp.asarray(losses), jnp.asarray(base), jnp.asarray(incoming))
+      chex.assert_shape(out, losses.shape)
+      assert out.dtype == jnp.float32, f'weights have dtype {out.dtype}, not float32'
+      valid = np.asarray(out)[base > 0]
+      assert np.all(np.isfinite(valid)), f'weights are not finite: {valid}'
+      if subject.scale != 'signed':
+        assert np.all(valid >= 0), f'negative weights: {valid.min()}'
+      if subject.scale == 'normalized':
+        np.testing.assert_allclose(np.sum(base * np.asarray(out)), np.sum(base), rtol=1e-5)
+
+
+def padding_is_ignored(subject: Subject) -> None:
+  """Entries with base 0 never influence others, whatever they hold; whole examples may be left
+  out."""
+  for losses, base, weights in _both_ranks():
+    clean, _ = subject.apply(jnp.asarray(losses), jnp.asarray(base), jnp.asarray(weights))
+    for filler in (0.0, 1e30, np.inf, np.nan):
+      dirty = np.where(base > 0, losses, np.float32(filler))
+      out, _ = subject.apply(jnp.asarray(dirty), jnp.asarray(base), jnp.asarray(weights))
+      np.testing.assert_array_equal(np.asarray(out)[base > 0], np.asarray(clean)[base > 0])
+    if subject.equivariant:
+      full = base > 0 if base.ndim == 1 else np.any(base > 0, axis=1)
+      rows = np.flatnonzero(full)
+      subset, _ = subject.apply(
+        jnp.asarray(losses[full]), jnp.asarray(base[full]), jnp.asarray(weights[full]), rows
+      )
+      chosen = base[full] > 0
+      np.testing.assert_allclose(
+        np.asarray(subset)[chosen], np.asarray(clean)[full][chosen], rtol=subject.rtol
+      )
+
+
+def permutation_equivariant(subject: Subject) -> None:
+  """Reordering the examples reorders the weights."""
+  if not subject.equivariant:
+    return
+  order = np.random.default_rng(1).permutation(_ROWS)
+  for losses, base, weights in _both_ranks():
+    out, _ = subject.apply(jnp.asarray(losses), jnp.asarray(base), jnp.asarray(weights))
+    permuted, _ = subject.apply(
+      jnp.asarray(losses[order]), jnp.asarray(base[order]), jnp.asarray(weights[order]), order
+    )
+    valid = base[order] > 0
+    np.testing.assert_allclose(
+      np.asarray(permuted)[valid], np.asarray(out)[order][valid], rtol=subject.rtol
+    )
+
+
+def example_level(subject: Subject) -> None:
+  """An example-level weighting multiplies all tokens of an example alike."""
+  if subject.level != 'example':
+    return
+  losses, base, _ = _example(tokens=True)
+  out = np.asarray(subject.apply(jnp.asarray(losses), jnp.asarray(base))[0])
+  for row in range(_ROWS):
+    valid = out[row][base[row] > 0]
+    assert valid.size == 0 or np.ptp(valid) == 0, f'example {row} has token weights {valid}'
+
+
+def state_is_stable(subject: Subject) -> None:
+  """The state keeps its tree, shapes and dtypes over updates."""
+  losses, base, _ = _example(tokens=False)
+  state = subject.weighting.init()
+  _, new = subject.apply(jnp.asarray(losses), jnp.asarray(base), state=state)
+  chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
+
+
+def signals_are_checked(subject: Subject) -> None:
+  """A stage swallows signals it does not use; a chain rejects names nobody defined."""
+  losses, base, _ = _example(tokens=False)
+  spare = dataclasses.replace(
+    subject, extra_signals=lambda s: {**subject.extra_signals(s), 'ref_losses': s['losses']}
+  )
+  chex.assert_trees_all_equal(
+    spare.apply(jnp.asarray(losses), jnp.asarray(base)),
+    subject.apply(jnp.asarray(losses), jnp.asarray(base)),
+  )
+  misspelled = dataclasses.replace(
+    subject,
+    weighting=chain(only=subject.weighting),
+    extra_signals=lambda s: {**subject.extra_signals(s), 'grup_ids': s['group_ids']},
+  )
+  try:
+    misspelled.apply(jnp.asarray(losses), jnp.asarray(base))
+  except TypeError as error:
+    assert 'group_ids' in str(error), f'no hint in: {error}'
+  else:
+    raise AssertionError('a misspelled signal was accepted')
+
+
+def jit_and_scan(subject: Subject) -> None:
+  """jit equals no jit, a second call does not compile again, and update works inside scan."""
+  losses, base, _ = _example(tokens=False)
+  losses, base = jnp.asarray(losses), jnp.asarray(base)
+  eager, _ = subject.apply(losses, base)
+  traces = []
+
+  @jax.jit
+  def compiled(losses, base):
+    traces.append(1)
+    return subject.apply(losses, base)[0]
+
+  np.testing.assert_allclose(compiled(losses, base), eager, rtol=subject.rtol)
+  compiled(losses + 1, base)
+  assert len(traces) == 1, 'the second call traced again'
+
+  def body(state, l):
+    out, state = subject.apply(l, base, state=state)
+    return state, out
+
+  _, stacked = jax.lax.scan(body, subject.weighting.init(), jnp.stack([losses, losses]))
+  np.testing.assert_allclose(stacked[0], eager, rtol=subject.rtol)
+
+
+def mesh_parity(subject: Subject) -> None:
+  """All devices together compute the weights of one device, in Auto and in Explicit meshes."""
+  devices = np.asarray(jax.devices())
+  if _ROWS % devices.size:
+    devices = devices[:1]
+  for axis_type in (AxisType.Auto, AxisType.Explicit):
+    mesh = Mesh(devices, ('data',), axis_types=(axis_type,))
+    for losses, base, weights in _both_ranks():
+      alone, _ = subject.apply(jnp.asarray(losses), jnp.asarray(base), jnp.asarray(weights))
+      sharding = NamedSharding(mesh, PartitionSpec('data'))
+      parts = [jax.device_put(x, sharding) for x in (losses, base, weights)]
+      with jax.set_mesh(mesh):
+        together = jax.jit(lambda l, b, w: subject.apply(l, b, w)[0])(*parts)
+      np.testing.assert_allclose(
+        np.asarray(together), np.asarray(alone), rtol=subject.rtol, err_msg=f'{axis_type}'
+      )
+      if axis_type == AxisType.Explicit:
+        assert together.sharding.spec[0] == 'data', (
+          f'weights left {sharding} for {together.sharding}'
+        )
+
+
+def bfloat16_losses(subject: Subject) -> None:
+  """bfloat16 losses are accepted; weights are float32 and those of the same losses in float32."""
+  losses, base, _ = _example(tokens=False)
+  half = jnp.asarray(losses, jnp.bfloat16)
+  out, _ = subject.apply(half, jnp.asarray(base))
+  assert out.dtype == jnp.float32, f'weights have dtype {out.dtype}, not float32'
+  full, _ = subject.apply(half.astype(jnp.float32), jnp.asarray(base))
+  np.testing.assert_allclose(out, full, rtol=1e-6)
+
+
+def degenerate_batches(subject: Subject) -> None:
+  """One example, equal losses, nothing valid: defined, never NaN. A NaN loss is not hidden."""
+  one = subject.apply(jnp.array([2.5]), jnp.array([1.0]))[0]
+  assert np.all(np.isfinite(one)), f'one example: {one}'
+  equal = subject.apply(jnp.full((_ROWS,), 3.0), jnp.ones(_ROWS))[0]
+  assert np.all(np.isfinite(equal)), f'equal losses: {equal}'
+  if subject.scale == 'normalized':
+    np.testing.assert_allclose(one, [1.0], rtol=1e-6)
+    np.testing.assert_allclose(equal, np.ones(_ROWS), rtol=1e-6)
+  empty = subject.apply(jnp.full((_ROWS,), jnp.nan), jnp.zeros(_ROWS))[0]
+  assert np.all(np.isfinite(empty)), f'all masked: {empty}'
+  losses, base, _ = _example(tokens=False)
+  broken = jnp.asarray(losses).at[0].set(jnp.nan)
+  out, _ = subject.apply(broken, jnp.asarray(base))
+  total = jnp.sum(jnp.where(base > 0, base * out * broken, 0))
+  assert not np.isfinite(total), 'a NaN loss in a valid row vanished from the weighted loss'
+
+
+def trains(subject: Subject) -> None:
+  """The train step takes it: one global step, and accumulation over microbatches, stay finite."""
+  rng = np.random.default_rng(0)
+  batch = {
+    'x': jnp.asarray(rng.normal(size=(_ROWS, 3)), jnp.float32),
+    'y': jnp.asarray(rng.normal(size=_ROWS), jnp.float32),
+    'group_ids': jnp.arange(_ROWS) % _GROUPS,
+    'example_ids': jnp.arange(_ROWS),
+  }
+  batch |= subject.extra_signals({'losses': batch['y'], **batch})
+  loss = lambda w, example: (example['x'] @ w - example['y']) ** 2
+  for microbatches, scope in ((1, 'global'), (4, 'global'), (4, 'microbatch')):
+    tx = optax.sgd(0.05)
+    step = jax.jit(
+      make_train_step(loss, tx, subject.weighting, microbatches=microbatches, scope=scope)
+    )
+    state = TrainState.create(jnp.zeros(3), tx, subject.weighting)
+    for _ in range(2):
+      state, metrics = step(state, batch)
+    assert np.isfinite(metrics['weighted_loss_sum']), f'{scope}, {microbatches} microbatches'
+    assert np.all(np.isfinite(state.params))
+
+
+PROMISES: dict[str, Callable[[Subject], None]] = {
+  promise.__name__: promise
+  for promise in (
+    shape_dtype_and_sum,
+    padding_is_ignored,
+    permutation_equivariant,
+    example_level,
+    state_is_stable,
+    signals_are_checked,
+    jit_and_scan,
+    mesh_parity,
+    bfloat16_losses,
+    degenerate_batches,
+    trains,
+  )
+}
+
+
+def check_weighting(
+  weighting: Weighting,
+  *,
+  scale: str = 'normalized',
+  level: str = 'example',
+  equivariant: bool = True,
+  rtol: float = 2e-5,
+  extra_signals: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda signals: {},
+  promises: Iterable[str] | None = None,
+) -> None:
+  """Holds a weighting to the contract; run it on your own.
+
+  Args:
+    weighting: what to check.
+    scale: 'normalized' (keeps sum(base * w)), 'absolute' or 'signed'.
+    level: 'example' (all tokens of an example alike) or 'entry'.
+    equivariant: False for a weighting that is random by position.
+    rtol: float32 tolerance of parities; a temperature r amplifies the losses' rounding by 1 / r.
+    extra_signals: from the standard signals of a batch to the further ones the weighting needs.
+    promises: names from `PROMISES`; default all.
+
+  Raises:
+    AssertionError: naming the promise that was broken.
+
+  Mesh parity uses all devices JAX sees; simulate eight with JAX_NUM_CPU_DEVICES=8.
+  """
+  subject = Subject(weighting, scale, level, equivariant, rtol, extra_signals)
+  for name in PROMISES if promises is None else promises:
+    try:
+      PROMISES[name](subject)
+    except AssertionError as error:
+      raise AssertionError(f'{name}: {PROMISES[name].__doc__} {error}') from error

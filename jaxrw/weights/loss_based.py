@@ -1,0 +1,294 @@
+"""Dynamic loss-based weights (Sow et al., ICLR 2025) and KL-DRO, which they start from.
+
+At every step the losses of the current batch become weights, without gradient through them:
+
+  h_i = 2 (l_i - mid) / (max - min)          in [-1, 1], mid = (max + min) / 2
+  w_i = exp(f(h_i) / r) / Z                  Z such that sum(base * w) = sum(base)
+
+  | name      | f(h)          | effect                                                     |
+  |-----------|---------------|------------------------------------------------------------|
+  | linupper  | min(h + 1, 1) | pushes down losses below mid-range, treats the rest alike  |
+  | quadratic | 1 - h^2       | favors mid-range losses, drops both ends                   |
+  | extremes  | abs(h)        | favors both ends (the paper's negative control)            |
+  | upper     | (h + 1) / 2   | favors high losses without a cap                           |
+  | kl_dro    | l_i, not h_i  | the distributionally robust weights that start the line    |
+
+The temperature r says how sharp: inf gives uniform weights exactly, small values a hard selection.
+The weights are multipliers of base-mean 1, so a learning rate keeps its meaning; divide by the
+number of examples for the paper's "weights sum to one".
+
+Where the official code differs, on purpose: h is computed in the stable form above (the official
+one subtracts two numbers of size l / 1e-6 when the losses are nearly equal); `uniform` is uniform
+(the published snippet's entry of that name is softmax(h / r), the sharpest choice of all); with
+token counts as base the weights are normalized over all devices at once (the official ragged-length
+path depends on where examples are placed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxrw import masked
+from jaxrw.core import Weighting, at_step, check_positive, declare, stateless
+
+Nonfinite = Literal['propagate', 'mask']
+Temperature = float | jax.Array | Callable[[jax.Array], jax.Array]
+
+_PAPER = 'Sow et al., Dynamic Loss-Based Sample Reweighting, ICLR 2025 (arXiv 2502.06733)'
+_SMALLEST_RANGE = 1e-6  # a narrower spread of losses is scaled as if it were this wide (official)
+
+
+@declare('normalized', 'entry', 'paper', 'the ordinary mean')
+def uniform() -> Weighting:
+  """The ordinary mean: weights pass unchanged, bit for bit."""
+  return stateless(lambda weights, **_: weights)
+
+
+def linupper_weights(
+  losses: jax.Array,
+  temperature: float | jax.Array = 1.0,
+  *,
+  base: jax.Array | None = None,
+  weights: jax.Array | None = None,
+  nonfinite: Nonfinite = 'propagate',
+) -> jax.Array:
+  """LinUpper: w ∝ exp(min(h + 1, 1) / r). Pushes down low losses; flat above mid-range.
+
+  Helps when part of the data is already learned; an outlier cannot take over, but it does set the
+  range. max w / min w = exp(1 / r) unless all losses are equal, which gives uniform weights.
+
+  Args:
+    losses: float[B], or float[B, T], whose base-mean over T is the loss of an example.
+    temperature: r > 0; inf gives uniform weights. No unit: h spans 2 whatever the losses' scale.
+    base: float, same shape: how much each entry counts in the ordinary mean, 0 for padding.
+      Default: ones.
+    weights: float, same shape: weights so far, multiplied in; the result keeps sum(base * weights).
+      Default: ones.
+    nonfinite: 'propagate' turns a NaN or inf among the losses into NaN weights; 'mask' gives that
+      example weight 0.
+
+  Returns:
+    float32 (float64 for float64 losses), shape of the losses; 0 where base is 0.
+
+  Raises:
+    ValueError: shapes that do not match, a temperature <= 0, an unknown `nonfinite`.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxrw
+    >>> w = jaxrw.linupper_weights(jnp.array([1.0, 2.0, 3.0, 4.0, 5.0]), temperature=0.4)
+    >>> [round(float(x), 3) for x in w]
+    [0.122, 0.425, 1.484, 1.484, 1.484]
+
+  Source: Sow et al., ICLR 2025.
+  """
+  return _from_range(
+    lambda h, top: jnp.minimum(h, 0), losses, temperature, base, weights, nonfinite
+  )
+
+
+def quadratic_weights(
+  losses: jax.Array,
+  temperature: float | jax.Array = 1.0,
+  *,
+  base: jax.Array | None = None,
+  weights: jax.Array | None = None,
+  nonfinite: Nonfinite = 'propagate',
+) -> jax.Array:
+  """Quadratic: w ∝ exp((1 - h^2) / r). Favors mid-range losses. Arguments as in `linupper_weights`.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxrw
+    >>> w = jaxrw.quadratic_weights(jnp.array([1.0, 2.0, 3.0, 4.0, 5.0]), temperature=0.4)
+    >>> [round(float(x), 3) for x in w]
+    [0.184, 1.198, 2.237, 1.198, 0.184]
+
+  Source: Sow et al., ICLR 2025.
+  """
+  return _from_range(
+    lambda h, top: -h * h, losses, temperature, base, weights, nonfinite, shift=True
+  )
+
+
+def extremes_weights(
+  losses: jax.Array,
+  temperature: float | jax.Array = 1.0,
+  *,
+  base: jax.Array | None = None,
+  weights: jax.Array | None = None,
+  nonfinite: Nonfinite = 'propagate',
+) -> jax.Array:
+  """Extremes: w ∝ exp(|h| / r). Favors both ends; the paper's negative control. Arguments as
+  `linupper_weights`.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxrw
+    >>> w = jaxrw.extremes_weights(jnp.array([1.0, 2.0, 3.0, 4.0, 5.0]), temperature=0.4)
+    >>> [round(float(x), 3) for x in w]
+    [1.883, 0.54, 0.155, 0.54, 1.883]
+
+  Source: Sow et al., ICLR 2025.
+  """
+  return _from_range(lambda h, top: jnp.abs(h) - top, losses, temperature, base, weights, nonfinite)
+
+
+def upper_weights(
+  losses: jax.Array,
+  temperature: float | jax.Array = 1.0,
+  *,
+  base: jax.Array | None = None,
+  weights: jax.Array | None = None,
+  nonfinite: Nonfinite = 'propagate',
+) -> jax.Array:
+  """Upper: w ∝ exp((h + 1) / (2 r)). Favors high losses without a cap. Arguments as in
+  `linupper_weights`.
+
+  The GPT-2 branch of the official code has it under this name; the paper's own `upper` in the
+  large-model branch is LinUpper.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxrw
+    >>> w = jaxrw.upper_weights(jnp.array([1.0, 2.0, 3.0, 4.0, 5.0]), temperature=1.0)
+    >>> [round(float(x), 3) for x in w]
+    [0.57, 0.732, 0.94, 1.207, 1.55]
+
+  Source: official code of Sow et al., ICLR 2025.
+  """
+  return _from_range(lambda h, top: (h - top) / 2, losses, temperature, base, weights, nonfinite)
+
+
+def kl_dro_weights(
+  losses: jax.Array,
+  temperature: float | jax.Array = 1.0,
+  *,
+  base: jax.Array | None = None,
+  weights: jax.Array | None = None,
+  nonfinite: Nonfinite = 'propagate',
+) -> jax.Array:
+  """KL-DRO: w ∝ exp(l / r), the inner maximizer of sum(q l) - r KL(q || base). Outliers can take
+  over.
+
+  Unlike the others it depends on the scale of the losses: the temperature is in the losses' unit
+  (nats). Other arguments as in `linupper_weights`.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxrw
+    >>> w = jaxrw.kl_dro_weights(jnp.array([1.0, 2.0, 3.0]), temperature=1.0)
+    >>> [round(float(x), 3) for x in w]
+    [0.27, 0.734, 1.996]
+
+  Source: Sow et al., ICLR 2025, and its predecessor (arXiv 2402.14270); equals TERM with t = 1 / r.
+  """
+  example_losses, valid, base, weights = _prepare(losses, base, weights, nonfinite)
+  score = example_losses - masked.largest(example_losses, valid)
+  return _tilt(score, temperature, valid, base, weights)
+
+
+def _from_range(
+  score: Callable[[jax.Array, jax.Array], jax.Array],
+  losses: jax.Array,
+  temperature: float | jax.Array,
+  base: jax.Array | None,
+  weights: jax.Array | None,
+  nonfinite: Nonfinite,
+  shift: bool = False,
+) -> jax.Array:
+  """Weights from the normalized losses h.
+
+  `score(h, top)` is f(h) up to a constant, at most 0 and equal to 0 somewhere, where `top` is the
+  largest h (1, or less when the range is below the smallest): then exp cannot overflow, and Z
+  cannot underflow, without a further reduction over the batch. `shift` pays for that reduction
+  where the largest f(h) is not known beforehand.
+  """
+  example_losses, valid, base, weights = _prepare(losses, base, weights, nonfinite)
+  low, high = masked.min_max(example_losses, valid)
+  spread = jnp.maximum(high - low, _SMALLEST_RANGE)
+  h = 2 * (example_losses - (low + (high - low) / 2)) / spread
+  scores = score(h, (high - low) / spread)
+  if shift:
+    scores = scores - masked.largest(scores, valid)
+  return _tilt(scores, temperature, valid, base, weights)
+
+
+def _prepare(
+  losses: jax.Array, base: jax.Array | None, weights: jax.Array | None, nonfinite: str
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Checks shapes, fills in defaults, stops gradients; returns (example losses, valid, base,
+  weights)."""
+  if losses.ndim not in (1, 2):
+    raise ValueError(f'losses must be [B] or [B, T], got shape {losses.shape}')
+  if nonfinite not in ('propagate', 'mask'):
+    raise ValueError(f"nonfinite={nonfinite!r} must be 'propagate' or 'mask'")
+  dtype = jnp.promote_types(jnp.float32, losses.dtype)
+  losses = jax.lax.stop_gradient(losses.astype(dtype))
+  base = jnp.ones_like(losses) if base is None else base.astype(dtype)
+  weights = jnp.ones_like(losses) if weights is None else weights
+  for name, array in (('base', base), ('weights', weights)):
+    if array.shape != losses.shape:
+      raise ValueError(f'{name} has shape {array.shape}, losses {losses.shape}; they must agree')
+  example_losses, example_base = masked.example_level(losses, base)
+  valid = example_base > 0
+  if nonfinite == 'mask':
+    valid &= jnp.isfinite(example_losses)
+  return example_losses, valid, base, weights
+
+
+def _tilt(
+  score: jax.Array,
+  temperature: float | jax.Array,
+  valid: jax.Array,
+  base: jax.Array,
+  weights: jax.Array,
+) -> jax.Array:
+  """weights * exp(score / r) / Z, with Z such that sum(base * weights) stays."""
+  check_positive(temperature=temperature)
+  inverse = 1 / jnp.asarray(temperature, score.dtype)  # 0 for r = inf: uniform, without a branch
+  score = jnp.where(valid, score, 0)  # before exp: padding may hold anything
+  tilt = jnp.where(valid, jnp.exp(score * inverse), 0)
+  _, measure = masked.example_level(base, base * weights)
+  mass, tilted = jnp.sum(jnp.stack([measure, measure * tilt]), axis=1)  # one collective for both
+  return weights * masked.over_tokens(tilt * masked.divide(mass, tilted), weights)
+
+
+def _weighting(function: Callable[..., jax.Array], temperature: Temperature, nonfinite: Nonfinite):
+  """The stage of a plain weight function; the temperature may follow the step."""
+  check_positive(temperature=temperature)
+
+  def update(weights, *, losses, base=None, step=None, **_):
+    r = at_step(temperature, step, 'temperature')
+    return function(losses, r, base=base, weights=weights, nonfinite=nonfinite)
+
+  return stateless(update)
+
+
+@declare('normalized', 'example', 'paper', _PAPER)
+def linupper(temperature: Temperature = 1.0, nonfinite: Nonfinite = 'propagate') -> Weighting:
+  """Stage of `linupper_weights`; the temperature may be a schedule, a function of the step."""
+  return _weighting(linupper_weights, temperature, nonfinite)
+
+
+@declare('normalized', 'example', 'paper', _PAPER)
+def quadratic(temperature: Temperature = 1.0, nonfinite: Nonfinite = 'propagate') -> Weighting:
+  """Stage of `quadratic_weights`; the temperature may be a schedule, a function of the step."""
+  return _weighting(quadratic_weights, temperature, nonfinite)
+
+
+@declare('normalized', 'example', 'paper', _PAPER)
+def extremes(temperature: Temperature = 1.0, nonfinite: Nonfinite = 'propagate') -> Weighting:
+  """Stage of `extremes_weights`; the temperature may be a schedule, a function of the step."""
+  return _weighting(extremes_weights, temperature, nonfinite)
+
+
+@declare('normalized', 'example', 'official_code', _PAPER)
+def upper(temperature: Temperature = 1.0, nonfinite: Nonfinite = 'propagate') -> Weighting:
+  """Stage of `upper_weights`; the temperature may be a schedule, a function of the step."""
+  return _weighting(upper_weights, temperature, nonfinite)
+
+
+@declare('normalized', 'example', 'paper', _PAPER)
+def kl_dro(temperature: Temperature = 1.0, nonfinite: Nonfinite = 'propagate') -> Weighting:
+  """Stage of `kl_dro_weights`; the temperature may be a schedule, a function of the step."""
+  return _weighting(kl_dro_weights, temperature, nonfinite)
