@@ -1,0 +1,45 @@
+# The README's two commands. Each builds its own virtual environment when it is missing or out of date.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test slow lint types doctest format clean
+
+quickstart: $(VENV)/.experiments  ## train uniform and LinUpper on embedded text, compare, write a report
+	$(BIN)/python -m experiments.compare --config=configs/quickstart.py \
+	  --weightings=uniform,linupper:1.0 --workdir=runs/quickstart
+
+test: $(VENV)/.dev  ## the default tests
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
+
+slow: $(VENV)/.dev  ## the tests that take minutes: kills, two processes, ...
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/pyrefly check
+
+doctest: $(VENV)/.dev
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q --doctest-modules jaxrw
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "Python 3.11 to 3.13 is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.experiments: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[experiments]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	touch $@ $(VENV)/.experiments
