@@ -1,0 +1,55 @@
+"""What a run would do and cost, without training anything."""
+
+from __future__ import annotations
+
+import jax
+
+from experiments import compiled
+from experiments.data import pipeline
+from experiments.models import gpt2
+from experiments.train import Run
+
+
+def describe(run: Run) -> str:
+  """What a run would do and cost, from the compiled step; nothing is trained."""
+  config, corpus, model = run.config, run.corpus, run.model
+  batch = run.to_global(next(_any_batch(run)))
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch
+  )
+  costs = compiled.costs(run.train_step.lower(run.abstract_state, shapes).compile())
+  planned = pipeline.planned_examples(
+    corpus,
+    batch_size=config.batch_size,
+    total_steps=config.total_steps,
+    proportions=run.proportions,
+  )
+  width = max(map(len, planned))
+  rows = [
+    f'  {name:<{width}}  {plan.rows:>12,.1f} examples  {plan.epochs:>8.3f} epochs'
+    for name, plan in planned.items()
+  ]
+  tokens = config.total_steps * config.batch_size * corpus.seq_len
+  return '\n'.join(
+    [
+      f'parameters: {gpt2.num_params(model):,}',
+      f'mesh: {dict(run.mesh.shape)}, {run.mesh.devices.flat[0].device_kind}',
+      f'tokens: {config.total_steps:,} steps x {config.batch_size} x {corpus.seq_len} = {tokens:,}',
+      'compiled step, per device:',
+      compiled.format_costs(costs),
+      'planned:',
+      *rows,
+    ]
+  )
+
+
+def _any_batch(run: Run):
+  """One batch of the right shape, without touching the run's own data position."""
+  return pipeline.eval_batches(
+    run.corpus,
+    split='train',
+    batch_size=run.config.batch_size,
+    max_blocks=run.config.batch_size,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )

@@ -1,0 +1,301 @@
+"""One training run, top to bottom: build, resume or start, step, evaluate, save, finish.
+
+`build` turns a config into pure jitted functions and shardings without training anything; the dry
+run, the benchmarks and the tests use it, too. `train` is the loop. Nothing here knows which
+weighting runs: that is a pure function inside the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxrw
+from experiments import checkpoints as checkpoints_lib
+from experiments import config as config_lib
+from experiments import files, optim
+from experiments import mesh as mesh_lib
+from experiments.data import corpus as corpus_lib
+from experiments.data import pipeline
+from experiments.errors import UserError
+from experiments.evaluators import language
+from experiments.models import gpt2
+from experiments.step_log import StepLog
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a config turns into on the devices at hand.
+
+  Attributes:
+    abstract_state: the train state's shapes, dtypes and shardings.
+    init: () -> state, already laid out over the mesh.
+    train_step: (state, batch) -> (state, record); the state is donated.
+    eval_step: (params, batch) -> float32[G, 3]; see `experiments.evaluators.language`.
+  """
+
+  config: Any
+  corpus: corpus_lib.Corpus
+  model: gpt2.GPT2Config
+  mesh: jax.sharding.Mesh
+  proportions: np.ndarray
+  schedule: optax.Schedule
+  abstract_state: jaxrw.TrainState
+  init: Callable[[], jaxrw.TrainState]
+  train_step: Callable[..., Any]
+  eval_step: Callable[..., jax.Array]
+
+  def to_global(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Rows of this process -> arrays over all devices."""
+    return mesh_lib.to_global(dict(batch), self.mesh)
+
+
+def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
+  """Opens the data and prepares the jitted functions; raises every error that needs no training."""
+  mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+  mesh_lib.check_batch(config.batch_size, config.microbatches, mesh, jax.process_count())
+  mesh_lib.check_batch(config.eval.batch_size, 1, mesh, jax.process_count())
+  weighting = make_weighting(config)
+  tx, schedule = optim.make_optimizer(config.optim, config.total_steps, nonfinite=config.nonfinite)
+  corpus = corpus_lib.open_corpus(config.data)
+  proportions = pipeline.proportions(config.data, corpus)
+  model = gpt2.GPT2Config.from_config(
+    config.model, vocab_size=corpus.tokenizer.vocab_size, seq_len=corpus.seq_len
+  )
+
+  def init():
+    params = gpt2.init(jax.random.key(config.seed), model)
+    return jaxrw.TrainState.create(params, tx, weighting)
+
+  step = jaxrw.make_train_step(
+    lambda params, example: gpt2.example_loss(params, example, model),
+    tx,
+    weighting,
+    batched_loss=lambda params, batch: gpt2.token_losses(params, batch, model),
+    microbatches=config.microbatches,
+    scope=config.scope,
+    example_base=config.example_base,
+    seed=config.seed,
+  )
+
+  def train_step(state, batch):
+    if model.dropout > 0:
+      key = jax.random.key(config.seed)
+      keys = gpt2.dropout_keys(key, state.step, batch['example_id'])
+      batch = {**batch, 'dropout_key': keys}
+    state, step_metrics = step(state, batch)
+    return state, summarize_step(step_metrics, batch, len(corpus.domains))
+
+  eval_model = dataclasses.replace(model, dropout=0.0)
+  eval_step = language.make_eval_step(
+    lambda params, batch: gpt2.token_losses(params, batch, eval_model), len(corpus.domains)
+  )
+
+  shapes = jax.eval_shape(init)
+  shardings = mesh_lib.tree_shardings(shapes, mesh, gpt2.SHARDING_RULES)
+  rows, whole = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
+  return Run(
+    config=config,
+    corpus=corpus,
+    model=model,
+    mesh=mesh,
+    proportions=proportions,
+    schedule=schedule,
+    abstract_state=jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    ),
+    init=jax.jit(init, out_shardings=shardings),
+    train_step=jax.jit(
+      train_step,
+      in_shardings=(shardings, rows),
+      out_shardings=(shardings, whole),
+      donate_argnums=0,
+    ),
+    eval_step=jax.jit(eval_step, in_shardings=(shardings.params, rows), out_shardings=whole),
+  )
+
+
+def make_weighting(config: Any) -> jaxrw.Weighting:
+  """The weighting of a config; its mistakes as one line."""
+  try:
+    return jaxrw.from_config(config.weighting, config.w.to_dict())
+  except ValueError as error:
+    raise UserError(f'config.{error}') from error
+
+
+def summarize_step(
+  step_metrics: Mapping[str, jax.Array], batch: Mapping[str, jax.Array], num_domains: int
+) -> dict[str, Any]:
+  """What the host wants to know of a step; small, and the same on every device.
+
+  Returns:
+    loss, weighted_loss, grad_norm, effective_fraction, entropy, max_share: float32[];
+    domains: float32[G, 3], sums of base, base * loss and base * weight;
+    examples: example_id int32[B], loss and weight float32[B], in row order.
+  """
+  base = step_metrics['base']
+  losses, example_base = jaxrw.masked.example_level(step_metrics['losses'], base)
+  weights, _ = jaxrw.masked.example_level(step_metrics['weights'], base)
+  rows = jnp.stack([jnp.ones_like(losses), losses, weights], axis=1) * example_base[:, None]
+  summary = jaxrw.diagnostics.summarize(step_metrics['weights'], base)
+  return {
+    'loss': jaxrw.masked.divide(step_metrics['loss_sum'], step_metrics['base_sum']),
+    'weighted_loss': jaxrw.masked.divide(
+      step_metrics['weighted_loss_sum'], step_metrics['base_sum']
+    ),
+    'grad_norm': step_metrics['grad_norm'],
+    **summary._asdict(),
+    'domains': jaxrw.diagnostics.group_sums(rows, batch['domain_id'], num_domains),
+    'examples': {'example_id': batch['example_id'], 'loss': losses, 'weight': weights},
+  }
+
+
+def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = None) -> dict:
+  """Trains to `config.total_steps`, resuming whatever `workdir` already holds.
+
+  Returns:
+    The content of `result.json`; for a run that was finished before, without doing anything.
+
+  Raises:
+    UserError: a mistake that the user can fix, before training where it can be seen there.
+    NonFiniteError: a loss or gradient was not finite; `abort.json` names the examples.
+  """
+  started = time.monotonic()
+  workdir, primary = Path(workdir), jax.process_index() == 0
+  config_lib.check_same_run(workdir, config)
+  if (workdir / 'result.json').is_file():
+    return files.read_json(workdir / 'result.json')
+  run = build(config, devices)
+  if primary:
+    config_lib.write(workdir, config)
+
+  data = pipeline.train_iterator(
+    run.corpus,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    proportions=run.proportions,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    prefetch=config.data.prefetch,
+  )
+  with (
+    checkpoints_lib.Checkpoints(workdir / 'checkpoints', keep=config.checkpoint.keep) as saver,
+    contextlib.ExitStack() as stack,
+  ):
+    state, start = resume_or_start(run, saver, data)
+    log = stack.enter_context(
+      StepLog(config, run.corpus, run.schedule, workdir, start, flops_per_token(run), primary)
+    )
+    evaluated = None
+    for step in range(start + 1, config.total_steps + 1):
+      state, record = run.train_step(state, run.to_global(next(data)))
+      log.step(step, record)
+      last = step == config.total_steps
+      if last or step % config.eval.every == 0:
+        with log.pause():
+          evaluated = evaluate(run, state.params, config.eval.split, config.eval.max_blocks)
+        log.evaluation(step, evaluated)
+      if last or step % config.checkpoint.every == 0:
+        with log.pause():  # which looks at every step before it: a broken state is never saved
+          saver.save(step, state, data.get_state(), {'versions': versions()})
+    saver.wait()
+    if evaluated is None:  # killed between the last checkpoint and result.json
+      evaluated = evaluate(run, state.params, config.eval.split, config.eval.max_blocks)
+  result = summarize_run(run, evaluated, data.get_state(), time.monotonic() - started)
+  if primary:
+    files.write_json(workdir / 'result.json', result)
+  return result
+
+
+def resume_or_start(
+  run: Run, saver: checkpoints_lib.Checkpoints, data: Any
+) -> tuple[jaxrw.TrainState, int]:
+  """(state, finished steps): the newest good checkpoint, or `init_from`, or fresh parameters."""
+  if saver.latest_step() is not None:
+    state, data_state, _ = saver.restore(run.abstract_state)
+    data.set_state(data_state)
+    step = int(state.step)
+    say(f'resuming after step {step}')
+    return state, step
+  state = run.init()
+  if run.config.checkpoint.init_from:
+    params = checkpoints_lib.restore_params(
+      run.config.checkpoint.init_from, run.abstract_state.params
+    )
+    state = state._replace(params=params)
+    say(f'parameters from {run.config.checkpoint.init_from}')
+  return state, 0
+
+
+def evaluate(run: Run, params: Any, split: str, max_blocks: int = 0) -> dict[str, Any]:
+  """Per-domain losses and bits per byte on held-out blocks; see `language.summarize`."""
+  batches = pipeline.eval_batches(
+    run.corpus,
+    split=split,
+    batch_size=run.config.eval.batch_size,
+    max_blocks=max_blocks,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  return language.evaluate(run.eval_step, params, batches, run.to_global, run.corpus.domains)
+
+
+def summarize_run(
+  run: Run, evaluated: dict[str, Any], data_state: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
+  """The content of `result.json`."""
+  corpus, config = run.corpus, run.config
+  floor = corpus.meta['bigram_floor']
+  sizes = corpus.sizes('train')
+  return {
+    'status': 'done',
+    'steps': config.total_steps,
+    'tokens': config.total_steps * config.batch_size * corpus.seq_len,
+    'num_params': gpt2.num_params(run.model),
+    'final': evaluated,
+    'bigram_floor': floor,
+    'bigram_floor_macro': float(np.mean(list(floor.values()))),
+    'epochs': {
+      name: float(used / size)
+      for name, used, size in zip(corpus.domains, data_state['used'], sizes)
+    },
+    'corpus': {
+      'fingerprint': corpus.fingerprint,
+      'domains': list(corpus.domains),
+      'sizes': sizes.tolist(),
+    },
+    'config_hash': config_lib.config_hash(config),
+    'versions': versions(),
+    'devices': f'{run.mesh.devices.size} x {run.mesh.devices.flat[0].device_kind}',
+    'seconds': seconds,
+  }
+
+
+def versions() -> dict[str, str]:
+  """Versions of what computes the numbers."""
+  found = {name: importlib.metadata.version(name) for name in PACKAGES}
+  return {'jaxrw': jaxrw.__version__, 'python': platform.python_version(), **found}
+
+
+def flops_per_token(run: Run) -> int:
+  """Useful FLOPs to train on one token, the numerator of MFU."""
+  return gpt2.flops_per_token(run.model, run.corpus.seq_len)
+
+
+def say(message: str) -> None:
+  """Prints on one process only."""
+  if jax.process_index() == 0:
+    print(message, flush=True)
