@@ -13,11 +13,10 @@ from experiments.train import Run
 def describe(run: Run) -> str:
   """What a run would do and cost, from the compiled step; nothing is trained."""
   config, corpus, model = run.config, run.corpus, run.model
-  batch = run.to_global(next(_any_batch(run)))
-  shapes = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch
+  batch = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), any_batch(run)
   )
-  costs = compiled.costs(run.train_step.lower(run.abstract_state, shapes).compile())
+  costs = compiled.costs(run.train_step.lower(run.abstract_state, batch).compile())
   planned = pipeline.planned_examples(
     corpus,
     batch_size=config.batch_size,
@@ -43,9 +42,9 @@ def describe(run: Run) -> str:
   )
 
 
-def _any_batch(run: Run):
-  """One batch of the right shape, without touching the run's own data position."""
-  return pipeline.eval_batches(
+def any_batch(run: Run) -> dict[str, jax.Array]:
+  """A batch of the right shape, without touching the run's own position in the data."""
+  batches = pipeline.eval_batches(
     run.corpus,
     split='train',
     batch_size=run.config.batch_size,
@@ -53,3 +52,4 @@ def _any_batch(run: Run):
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
+  return run.to_global(next(batches))

@@ -43,7 +43,8 @@ class Run:
   Attributes:
     abstract_state: the train state's shapes, dtypes and shardings.
     init: () -> state, already laid out over the mesh.
-    train_step: (state, batch) -> (state, record); the state is donated.
+    step: (state, batch) -> (state, metrics), what `jaxrw.make_train_step` returned; not jitted.
+    train_step: (state, batch) -> (state, record), jitted; the state is donated.
     eval_step: (params, batch) -> float32[G, 3]; see `experiments.evaluators.language`.
   """
 
@@ -55,6 +56,7 @@ class Run:
   schedule: optax.Schedule
   abstract_state: jaxrw.TrainState
   init: Callable[[], jaxrw.TrainState]
+  step: Callable[..., Any]
   train_step: Callable[..., Any]
   eval_step: Callable[..., jax.Array]
 
@@ -118,6 +120,7 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     ),
     init=jax.jit(init, out_shardings=shardings),
+    step=step,
     train_step=jax.jit(
       train_step,
       in_shardings=(shardings, rows),

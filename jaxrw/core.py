@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 SIGNALS = (
   'losses',
@@ -214,20 +215,29 @@ def _stage_from_config(path: str, spec: Mapping[str, Any]) -> Weighting:
     near = difflib.get_close_matches(str(name), known, n=1)
     hint = f'did you mean {near[0]!r}?' if near else f'known: {", ".join(known)}'
     raise ValueError(f'{path}.fn={name!r} is not a weighting; {hint}')
-  if isinstance(arguments.get('temperature'), Mapping):
-    arguments['temperature'] = weights.temperature_schedule(**arguments['temperature'])
-  if isinstance(arguments.get('stage'), Mapping):
+  if 'stage' in arguments:
+    if not isinstance(arguments['stage'], Mapping):
+      raise ValueError(f'{path}.stage={arguments["stage"]!r} must be a mapping with its own fn')
     arguments['stage'] = _stage_from_config(f'{path}.stage', arguments['stage'])
   try:
+    if isinstance(arguments.get('temperature'), Mapping):
+      arguments['temperature'] = weights.temperature_schedule(**arguments['temperature'])
     stage = getattr(weights, name)(**arguments)
+    return after(start, stage) if start else stage
   except (TypeError, ValueError) as error:
     raise ValueError(f'{path}: {error}') from error
-  return after(start, stage) if start else stage
 
 
 def check_positive(**values: Any) -> None:
-  """Raises ValueError unless every concrete number is > 0; schedules and traced values pass
-  unchecked."""
+  """Holds hyperparameters to be numbers > 0; schedules, arrays and traced values pass unchecked.
+
+  Raises:
+    TypeError: for what is neither a number, an array nor a schedule.
+    ValueError: for a number <= 0 or NaN.
+  """
   for name, value in values.items():
-    if isinstance(value, (int, float)) and (math.isnan(value) or value <= 0):
-      raise ValueError(f'{name}={value} must be greater than 0')
+    if isinstance(value, (int, float)):
+      if math.isnan(value) or value <= 0:
+        raise ValueError(f'{name}={value} must be greater than 0')
+    elif not (callable(value) or isinstance(value, (jax.Array, np.ndarray, np.generic))):
+      raise TypeError(f'{name}={value!r} must be a number')

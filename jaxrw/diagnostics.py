@@ -20,7 +20,7 @@ class WeightSummary(NamedTuple):
     effective_fraction: effective sample size over the number of examples, in (0, 1]; 1 for uniform
       weights.
     entropy: entropy of the examples' shares over its maximum log n, in [0, 1]; 1 for uniform
-      weights.
+      weights on examples of equal base (it sees an uneven base, as `max_share` does).
     max_share: largest share of one example in the step, in (0, 1].
   """
 

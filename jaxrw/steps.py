@@ -127,6 +127,7 @@ def make_train_step(
       out = batched_loss(params, batch)
     losses, signals = out if isinstance(out, tuple) else (out, {})
     _check_losses(losses, batch)
+    _check_row_signals(signals, losses.shape[0])
     losses = losses.astype(jnp.promote_types(jnp.float32, losses.dtype))
     return losses, base_measure(batch.get('base'), losses, example_base), signals
 
@@ -269,6 +270,25 @@ def _check_losses(losses: jax.Array, batch: Batch) -> None:
       f'losses have shape {losses.shape}; expected [B] or [B, T] with B = {rows} rows. '
       'Return one loss per example or token, not their mean'
     )
+
+
+def _check_row_signals(signals: Mapping[str, Any], rows: int) -> None:
+  if not isinstance(signals, Mapping):
+    raise TypeError(
+      f'batched_loss returned {type(signals).__name__} beside the losses; expected a dict of signals'
+    )
+  for name, value in signals.items():
+    if name in SIGNALS and name not in _ROW_SIGNALS.values():
+      raise TypeError(
+        f'batched_loss returned the signal {name!r}, which does not come from the forward pass; '
+        'rename it (your own signals reach the weighting in extra)'
+      )
+    for leaf in jax.tree.leaves(value):
+      if jnp.shape(leaf)[:1] != (rows,):
+        raise ValueError(
+          f'batched_loss returned {name!r} with shape {jnp.shape(leaf)}; expected one row for each '
+          f'of the {rows} examples'
+        )
 
 
 def _check_rows(batch: Batch, microbatches: int) -> None:

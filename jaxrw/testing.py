@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxrw import masked
 from jaxrw.core import Weighting, chain
 from jaxrw.steps import TrainState, base_measure, make_train_step
 
@@ -33,8 +34,9 @@ class Subject:
   equivariant: bool = True
   rtol: float = 2e-5
   extra_signals: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda signals: {}
+  nonfinite: str = 'propagate'
 
-  def apply(self, losses, base, weights=None, rows=None, state=None):
+  def apply(self, losses, base, weights=None, rows=None, state=None, jit=True):
     """(weights, state) for losses [B] or [B, T]; `rows` are the examples' identities."""
     rows = np.arange(losses.shape[0]) if rows is None else rows
     signals = {
@@ -48,7 +50,8 @@ class Subject:
     signals |= self.extra_signals(signals)
     weights = jnp.ones(losses.shape, jnp.float32) if weights is None else weights
     state = self.weighting.init() if state is None else state
-    return self.weighting.update(weights, state, **signals)
+    update = jax.jit(self.weighting.update) if jit else self.weighting.update
+    return update(weights, state, **signals)
 
 
 def _example(tokens: bool, seed: int = 0):
@@ -169,7 +172,7 @@ def jit_and_scan(subject: Subject) -> None:
   """jit equals no jit, a second call does not compile again, and update works inside scan."""
   losses, base, _ = _example(tokens=False)
   losses, base = jnp.asarray(losses), jnp.asarray(base)
-  eager, _ = subject.apply(losses, base)
+  eager, _ = subject.apply(losses, base, jit=False)
   traces = []
 
   @jax.jit
@@ -233,10 +236,15 @@ def degenerate_batches(subject: Subject) -> None:
   empty = subject.apply(jnp.full((_ROWS,), jnp.nan), jnp.zeros(_ROWS))[0]
   assert np.all(np.isfinite(empty)), f'all masked: {empty}'
   losses, base, _ = _example(tokens=False)
-  broken = jnp.asarray(losses).at[0].set(jnp.nan)
-  out, _ = subject.apply(broken, jnp.asarray(base))
-  total = jnp.sum(jnp.where(base > 0, base * out * broken, 0))
-  assert not np.isfinite(total), 'a NaN loss in a valid row vanished from the weighted loss'
+  for value in (jnp.nan, jnp.inf):
+    broken = jnp.asarray(losses).at[0].set(value)
+    out, _ = subject.apply(broken, jnp.asarray(base))
+    total = masked.total(broken, base * out)  # as the train step does it: weight 0 leaves a row out
+    if subject.nonfinite == 'propagate':
+      assert not np.isfinite(total), f'a loss of {value} vanished from the weighted loss'
+    else:
+      assert np.isfinite(total) and out[0] == 0, f'a loss of {value} was not masked: {out}'
+      np.testing.assert_allclose(np.sum(base * out), np.sum(base), rtol=1e-5)
 
 
 def trains(subject: Subject) -> None:
@@ -288,6 +296,7 @@ def check_weighting(
   equivariant: bool = True,
   rtol: float = 2e-5,
   extra_signals: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda signals: {},
+  nonfinite: str = 'propagate',
   promises: Iterable[str] | None = None,
 ) -> None:
   """Holds a weighting to the contract; run it on your own.
@@ -299,6 +308,8 @@ def check_weighting(
     equivariant: False for a weighting that is random by position.
     rtol: float32 tolerance of parities; a temperature r amplifies the losses' rounding by 1 / r.
     extra_signals: from the standard signals of a batch to the further ones the weighting needs.
+    nonfinite: 'propagate' (a NaN or inf loss in a valid row must reach the weighted loss) or 'mask'
+      (that row gets weight 0 and the others share its mass).
     promises: names from `PROMISES`; default all.
 
   Raises:
@@ -306,7 +317,7 @@ def check_weighting(
 
   Mesh parity uses all devices JAX sees; simulate eight with JAX_NUM_CPU_DEVICES=8.
   """
-  subject = Subject(weighting, scale, level, equivariant, rtol, extra_signals)
+  subject = Subject(weighting, scale, level, equivariant, rtol, extra_signals, nonfinite)
   for name in PROMISES if promises is None else promises:
     try:
       PROMISES[name](subject)

@@ -1,7 +1,15 @@
-"""Eight CPU devices for every test, set before jax is imported anywhere."""
+"""Eight CPU devices and one compile cache for every test, set before jax is imported anywhere."""
 
 import os
+import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
+# Tests build the same tiny training step again and again, in this process and in others. xdist
+# workers inherit the folder from the process that starts them.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  _cache = tempfile.TemporaryDirectory(prefix='jaxrw-test-cache-')
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
+  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')

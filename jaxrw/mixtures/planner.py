@@ -1,9 +1,9 @@
 """The batch planner: which record of which domain fills each row of each step.
 
-A plan is a pure function of a state of K + 1 integers, so every process computes the same global plan
-and reads only its own rows, and a restart on another number of processes is exact. No generator is
-advanced anywhere: every random number is a hash of what it belongs to, (seed, step, row) or
-(seed, domain, epoch), which also keeps plans equal across NumPy versions.
+A plan is a pure function of a state of K + 1 integers, so every process computes the same global
+plan and reads only its own rows, and a restart on another number of processes is exact. No
+generator is advanced anywhere: every random number is a hash of what it belongs to, (seed, step,
+row) or (seed, domain, epoch), which also keeps plans equal across NumPy versions.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Plan(NamedTuple):
 class Planner:
   """Plans global batches with fixed domain proportions.
 
-  For step t, the row offsets u_j = (j + U_t) / B cut [0, 1) into B equal parts at a random phase U_t; row
-  j takes the domain whose share of the cumulative proportions contains u_j (systematic sampling), and
-  the rows are then permuted. Hence the count of domain k differs from B * p_k by less than 1 in every
-  step and equals it in expectation, however small p_k is. Within a domain, records come without
-  replacement in an order shuffled anew each epoch.
+  For step t, the row offsets u_j = (j + U_t) / B cut [0, 1) into B equal parts at a random phase
+  U_t; row j takes the domain whose share of the cumulative proportions contains u_j (systematic
+  sampling), and the rows are then permuted. Hence the count of domain k differs from B * p_k by
+  less than 1 in every step and equals it in expectation, however small p_k is. Within a domain,
+  records come without replacement in an order shuffled anew each epoch.
 
   Args:
     sizes: int[K], records per domain.
@@ -104,7 +104,7 @@ class Planner:
     return plan, PlannerState(state.step + 1, used)
 
   def expected_counts(self, steps: int) -> np.ndarray:
-    """Expected rows per domain over `steps` steps, float64[K]; the real ones differ by < 1 a step."""
+    """Expected rows per domain over `steps` steps, float64[K]."""
     return self.proportions * (self.batch_size * steps)
 
 
@@ -112,7 +112,8 @@ def shuffled_index(position, size, seed: int, domain, epoch) -> np.ndarray:
   """A bijection of range(size) for every (seed, domain, epoch), evaluated point by point.
 
   A Feistel network permutes the smallest range of 4^h numbers that covers `size`; a result outside
-  range(size) is put through it again until it falls inside ("cycle walking", under 4 rounds on average).
+  range(size) is put through it again until it falls inside ("cycle walking", under 4 rounds on
+  average).
 
   Args:
     position, size, domain, epoch: integers or integer arrays that broadcast; 0 <= position < size.
@@ -154,7 +155,7 @@ def _feistel(value: np.ndarray, half: np.ndarray, key: np.ndarray) -> np.ndarray
 
 
 def _hash(*words) -> np.ndarray:
-  """Mixes broadcastable integers into uniform uint64 (multiply and xor-shift, one round per word)."""
+  """Mixes broadcastable integers into uniform uint64 by multiplying and xor-shifting."""
   state = np.full(1, 0x9E3779B97F4A7C15, np.uint64)  # arrays wrap silently where scalars warn
   for word in words:
     state = state ^ _as_uint64(word)

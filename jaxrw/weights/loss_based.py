@@ -72,7 +72,9 @@ def linupper_weights(
       example weight 0.
 
   Returns:
-    float32 (float64 for float64 losses), shape of the losses; 0 where base is 0.
+    float32 (float64 for float64 losses), shape of the losses; 0 for an example without base. All 0
+    if the examples whose incoming weight is not 0 all lie so far below the others that exp
+    underflows (r < 0.012).
 
   Raises:
     ValueError: shapes that do not match, a temperature <= 0, an unknown `nonfinite`.
@@ -183,8 +185,7 @@ def kl_dro_weights(
   Source: Sow et al., ICLR 2025, and its predecessor (arXiv 2402.14270); equals TERM with t = 1 / r.
   """
   example_losses, valid, base, weights = _prepare(losses, base, weights, nonfinite)
-  score = example_losses - masked.largest(example_losses, valid)
-  return _tilt(score, temperature, valid, base, weights)
+  return _tilt(example_losses, temperature, valid, base, weights, shift=True)
 
 
 def _from_range(
@@ -201,16 +202,14 @@ def _from_range(
   `score(h, top)` is f(h) up to a constant, at most 0 and equal to 0 somewhere, where `top` is the
   largest h (1, or less when the range is below the smallest): then exp cannot overflow, and Z
   cannot underflow, without a further reduction over the batch. `shift` pays for that reduction
-  where the largest f(h) is not known beforehand.
+  where the largest f(h) is not known beforehand (see `_tilt`).
   """
   example_losses, valid, base, weights = _prepare(losses, base, weights, nonfinite)
   low, high = masked.min_max(example_losses, valid)
   spread = jnp.maximum(high - low, _SMALLEST_RANGE)
   h = 2 * (example_losses - (low + (high - low) / 2)) / spread
   scores = score(h, (high - low) / spread)
-  if shift:
-    scores = scores - masked.largest(scores, valid)
-  return _tilt(scores, temperature, valid, base, weights)
+  return _tilt(scores, temperature, valid, base, weights, shift)
 
 
 def _prepare(
@@ -242,13 +241,21 @@ def _tilt(
   valid: jax.Array,
   base: jax.Array,
   weights: jax.Array,
+  shift: bool,
 ) -> jax.Array:
-  """weights * exp(score / r) / Z, with Z such that sum(base * weights) stays."""
+  """weights * exp(score / r) / Z, with Z such that sum(base * weights) stays.
+
+  `shift` first makes the largest score 0, over the examples whose incoming weight is not 0: the
+  others have no part in Z and could push all that have one below the smallest float.
+  """
   check_positive(temperature=temperature)
   inverse = 1 / jnp.asarray(temperature, score.dtype)  # 0 for r = inf: uniform, without a branch
+  inverse = jnp.minimum(inverse, jnp.finfo(score.dtype).max)  # r -> 0: 0 * inf would be NaN
+  _, measure = masked.example_level(base, base * weights)
+  if shift:
+    score = jnp.minimum(score - masked.largest(score, valid & (measure != 0)), 0)
   score = jnp.where(valid, score, 0)  # before exp: padding may hold anything
   tilt = jnp.where(valid, jnp.exp(score * inverse), 0)
-  _, measure = masked.example_level(base, base * weights)
   mass, tilted = jnp.sum(jnp.stack([measure, measure * tilt]), axis=1)  # one collective for both
   return weights * masked.over_tokens(tilt * masked.divide(mass, tilted), weights)
 

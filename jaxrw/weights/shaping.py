@@ -29,7 +29,8 @@ def cap_weights(
     redistribute: False clips instead, for absolute weights, whose sum carries no meaning.
 
   Returns:
-    Same shape and dtype. Weights that need no cap come back bit for bit.
+    Same shape and dtype. Weights that need no cap come back bit for bit; a NaN or inf among them
+    makes all of them NaN.
 
   Raises:
     ValueError: a limit <= 0, or shapes that do not match.
@@ -48,7 +49,7 @@ def cap_weights(
   base = jnp.ones_like(weights) if base is None else base
   if base.shape != weights.shape:
     raise ValueError(f'base has shape {base.shape}, weights {weights.shape}; they must agree')
-  counted = (weights > 0) & (base > 0)
+  counted = (weights != 0) & (base > 0)  # a NaN counts: it must not vanish
   w = masked.replicate(jnp.where(counted, weights, 0)).ravel()
   b = masked.replicate(jnp.where(counted, base, 0)).ravel()
   order = jnp.argsort(-w)
@@ -56,11 +57,12 @@ def cap_weights(
   # For every k: the factor c when the k largest are capped and the rest fill up what is missing.
   capped = jnp.cumsum(b) - b
   rest = jnp.cumsum((w * b)[::-1])[::-1]
-  factors = masked.divide(rest[0] - limit * capped, rest)
+  factors = masked.divide(rest[0] - jnp.where(capped > 0, limit * capped, 0), rest)
   fits = (factors * w <= limit) & (w > 0)
   feasible = jnp.any(fits)
   factor = jnp.maximum(factors[jnp.argmax(fits)], 1)  # below 1 only by rounding
   filled = jnp.where(feasible, jnp.minimum(factor * weights, limit), limit)
+  filled = jnp.where(jnp.isfinite(rest[0]), filled, jnp.nan)
   return jnp.where(counted, filled, 0).astype(weights.dtype)
 
 

@@ -1,0 +1,1 @@
+"""Experiment configs: one file each, loaded with `--config=configs/<file>.py[:<arg>]`."""

@@ -1,0 +1,195 @@
+"""What configs share: the schema with its defaults, the `file.py:arg` parser, the quick shrinker.
+
+A config file defines `get_config(arg='')` and starts from `base_config()`, which holds every key
+there is. Its docstring says the command, the cost and the expected result.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from ml_collections import ConfigDict
+
+PAPER_TEMPERATURE = 0.4  # five of the six published configs
+
+
+class ConfigError(Exception):
+  """A mistake in a config or its argument; programs print the message on one line."""
+
+
+def base_config() -> ConfigDict:
+  """Every key there is, with the default that a run on a small machine wants.
+
+  `w` alone is open: `w.<stage>` holds `fn` and whatever that weighting takes. The order of the
+  stages lives in the tuple `weighting`, because a ConfigDict sorts its keys.
+  """
+  config = ConfigDict()
+  config.seed = 0
+  config.total_steps = 500
+  config.batch_size = 16  # rows in one optimizer step, over all devices
+  config.microbatches = 1
+  config.scope = 'global'  # weights normalized over the whole step, or over each 'microbatch'
+  config.example_base = 'any'  # 'any': every block counts the same; 'tokens': every token does
+  config.nonfinite = 'abort'  # or 'skip' the update
+
+  config.data = ConfigDict(
+    dict(
+      source='embedded',  # text that the Python installation carries; or 'folder', 'tfds'
+      path='',  # folder: where {domain}.{split}.jsonl[.gz|.zst] or {domain}/*.txt live
+      name='',  # tfds: a prepared dataset, e.g. 'my_ds/config:1.0.0'
+      tfds_dir='',
+      text_key='text',
+      domain_key='domain',
+      weight_key='weight',
+      domains=(),  # a subset, by name; empty: all
+      mixture='uniform',  # or 'natural', or 'web=0.5,code=0.5'
+      tokenizer='byte',  # or 'bpe:4096', or a path that ends in tokenizer.json
+      seq_len=128,
+      root='',  # where prepared data are kept; empty: $JAXRW_DATA or ~/.cache/jaxrw
+      max_bytes_per_domain=0,  # 0: everything
+      prefetch=4,
+    )
+  )
+  config.model = ConfigDict(
+    dict(
+      name='gpt2',
+      n_layer=2,
+      n_head=4,
+      n_embd=96,
+      max_len=0,  # 0: data.seq_len
+      vocab_size=0,  # 0: the tokenizer's
+      dtype='float32',
+      scan=True,
+      remat=False,
+      attention='auto',
+      dropout=0.0,
+    )
+  )
+  config.optim = ConfigDict(
+    dict(
+      lr=3e-3,
+      b1=0.9,
+      b2=0.95,
+      eps=1e-8,
+      weight_decay=0.1,
+      clip=1.0,
+      schedule='cosine',
+      warmup_steps=50,
+      final_lr_ratio=0.1,
+      decay_steps=0,  # wsd: 0 means the last 20%
+    )
+  )
+  config.weighting = ('loss',)
+  config.w = ConfigDict(dict(loss=dict(fn='linupper', temperature=PAPER_TEMPERATURE, start=50)))
+  config.mesh = ConfigDict(dict(data=-1, fsdp=1))  # -1: all remaining devices
+  # max_blocks counts per domain; 0 means all.
+  config.eval = ConfigDict(dict(every=100, batch_size=32, max_blocks=64, split='validation'))
+  config.checkpoint = ConfigDict(dict(every=100, keep=2, init_from=''))
+  # examples_every: how often each example's id, weight and loss are written; 0 means never.
+  config.log = ConfigDict(dict(every=10, tensorboard=True, progress=True, examples_every=1))
+  return config
+
+
+def parse_arg(arg: str, **defaults) -> ConfigDict:
+  """Parses the part behind the colon of `--config=file.py:layers=4,quick`.
+
+  Args:
+    arg: comma-separated `name=value`; a bare `name` switches a bool on.
+    **defaults: every switch this config has; a default's type is the switch's type.
+
+  Returns:
+    The defaults with `arg` applied, with attribute access.
+
+  Raises:
+    ConfigError: an unknown name or a value of the wrong type.
+  """
+  switches = ConfigDict(defaults)
+  for item in filter(None, (part.strip() for part in arg.split(','))):
+    name, equals, text = item.partition('=')
+    if name not in defaults:
+      known = ', '.join(defaults)
+      raise ConfigError(
+        f'unknown argument {name!r}{nearest(name, defaults)}; this config has {known}'
+      )
+    kind = type(defaults[name])
+    if not equals and kind is not bool:
+      raise ConfigError(f'argument {name!r} needs a value: {name}={defaults[name]}')
+    switches[name] = _parse_value(name, text if equals else 'true', kind)
+  return switches
+
+
+def _parse_value(name: str, text: str, kind: type):
+  try:
+    if kind is bool:
+      return {'true': True, 'false': False, '1': True, '0': False}[text.lower()]
+    return kind(text)
+  except (KeyError, ValueError):
+    raise ConfigError(f'argument {name}={text} is not a valid {kind.__name__}') from None
+
+
+def nearest(name: str, known) -> str:
+  """' (did you mean ...?)' when a known name is close, else ''."""
+  close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+  return f' (did you mean {close[0]!r}?)' if close else ''
+
+
+def set_weighting(config: ConfigDict, spec: str) -> None:
+  """Makes `spec` the only weighting of `config`, in place; the burn-in `w.loss.start` stays.
+
+  Args:
+    config: a config in the shape of `base_config`; may be locked.
+    spec: 'uniform', or a name with a temperature such as 'linupper:0.4' (without one: 0.4), or the
+      control 'row_shuffled:<spec>', which computes the weights and deals them to the wrong rows.
+
+  Raises:
+    ConfigError: a spec that does not parse. Whether the name exists is checked when it is built.
+  """
+  stage = _weighting_stage(spec)
+  if stage['fn'] != 'uniform' and 'start' in config.w.get('loss', {}):
+    stage['start'] = config.w.loss.start
+  with config.unlocked():
+    config.weighting = ('loss',)
+    config.w = ConfigDict(dict(loss=stage))
+
+
+def _weighting_stage(spec: str) -> dict:
+  name, _, rest = spec.partition(':')
+  if name == 'row_shuffled':
+    if not rest:
+      raise ConfigError(
+        f'weighting {spec!r} needs the weighting it shuffles: row_shuffled:linupper:0.4'
+      )
+    return dict(fn=name, stage=_weighting_stage(rest))
+  if name == 'uniform':
+    if rest:
+      raise ConfigError(f"weighting {spec!r}: uniform takes no temperature; write 'uniform'")
+    return dict(fn=name)
+  try:
+    temperature = float(rest) if rest else PAPER_TEMPERATURE
+  except ValueError:
+    temperature = -1.0
+  if not name or not temperature > 0:
+    raise ConfigError(
+      f"weighting {spec!r}: write a name and a positive temperature, 'linupper:0.4'"
+    )
+  return dict(fn=name, temperature=temperature)
+
+
+def quick(config: ConfigDict) -> ConfigDict:
+  """Shrinks `config` in place to a few tiny steps that take the same path; returns it."""
+  config.total_steps = 4
+  config.batch_size = 8
+  config.microbatches = min(config.microbatches, 2)
+  config.data.seq_len = 32
+  config.data.max_bytes_per_domain = 50_000
+  config.data.tokenizer = 'byte'
+  config.model.update(n_layer=2, n_head=2, n_embd=32, max_len=0, vocab_size=0)
+  config.optim.warmup_steps = 1
+  config.optim.decay_steps = 0
+  for stage in config.w.values():
+    if 'start' in stage:
+      stage.start = min(stage.start, 2)
+  config.eval.update(every=2, batch_size=8, max_blocks=2)
+  config.checkpoint.every = 2
+  config.log.every = 1
+  return config

@@ -1,0 +1,311 @@
+"""Checkpoints that are whole or absent: saved in the background, checked byte by byte when opened.
+
+Orbax writes into a temporary folder and renames it, so a killed save leaves no checkpoint. But it
+reads a file with a flipped bit without complaint (a test shows it), so a committed checkpoint is
+sealed with the SHA-256 of each of its files; opening a run sets aside what no longer matches and
+goes on from the checkpoint before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from experiments import files
+from experiments.errors import UserError
+
+SEAL = 'sha256.json'
+
+# What Orbax logs it also raises, and what it raises is reported here, once.
+logging.getLogger('absl').addFilter(lambda record: f'{os.sep}orbax{os.sep}' not in record.pathname)
+
+
+class Checkpoints:
+  """The checkpoints of one run, `directory/<step>/`.
+
+  Opening one removes what a killed save left behind and renames damaged checkpoints to
+  `<step>.damaged`, saying so. Every process of a distributed run makes the same calls, on a
+  directory that all of them share.
+
+  Args:
+    directory: created when missing.
+    keep: how many of the newest checkpoints stay.
+  """
+
+  def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
+    self.directory = Path(directory).absolute()
+    if jax.process_index() == 0:
+      _remove_half_written(self.directory)
+      _set_damaged_aside(self.directory)
+    _barrier('checkpoints are open')
+    with _write_errors(self.directory):
+      self._orbax = ocp.training.Checkpointer(
+        self.directory,
+        preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+      )
+    self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix='seal')
+    self._pending: Future | None = None
+
+  def __enter__(self) -> Checkpoints:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def latest_step(self) -> int | None:
+    """The step of the newest good checkpoint, or None. A save in progress does not count."""
+    return max(committed_steps(self.directory), default=None)
+
+  def save(self, step: int, state: Any, data_state: dict, metadata: dict) -> None:
+    """Starts to save and returns once `state` may be donated; waits for the save before it, if any.
+
+    Args:
+      step: the optimizer step; a step that is already saved is left as it is.
+      state: a pytree whose leaves are all `jax.Array`.
+      data_state: JSON, the position of the data iterator; identical on every process.
+      metadata: JSON, whatever should travel along; identical on every process.
+
+    Raises:
+      UserError: this save, or the one before, could not be written. Earlier checkpoints are intact.
+    """
+    self.wait()
+    if step in committed_steps(self.directory):
+      return
+    with _write_errors(self.directory):
+      response = self._orbax.save_checkpointables_async(
+        step,
+        {'state': state},
+        force=True,
+        custom_metadata={'data_state': data_state, 'metadata': metadata},
+      )
+    self._pending = self._worker.submit(self._finish, response, step)
+
+  def _finish(self, response: ocp.AsyncResponse, step: int) -> None:
+    response.result()
+    if jax.process_index() == 0:
+      seal(self.directory / str(step))
+
+  def wait(self) -> None:
+    """Returns when nothing is being saved.
+
+    Raises:
+      UserError: the last save could not be written. Earlier checkpoints are intact.
+    """
+    pending, self._pending = self._pending, None
+    if pending is not None:
+      with _write_errors(self.directory):
+        self._orbax.wait()  # Orbax raises once in each thread: hear of it here, and not in close()
+        pending.result()
+
+  def close(self) -> None:
+    """Waits and releases; the object is of no use afterwards. Raises what `wait` raises."""
+    try:
+      self.wait()
+    finally:
+      self._worker.shutdown()
+      self._orbax.close()
+
+  def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict, dict]:
+    """Reads a checkpoint.
+
+    Args:
+      abstract_state: a pytree of `jax.ShapeDtypeStruct` with shardings, in the structure that was
+        saved; the mesh may be another one.
+      step: which; None means the newest that can be read.
+
+    Returns:
+      (state, data_state, metadata), the arrays bit for bit as saved.
+
+    Raises:
+      UserError: no such checkpoint, or one of another model or optimizer.
+    """
+    self.wait()
+    while True:
+      chosen = self.latest_step() if step is None else step
+      if chosen is None:
+        raise UserError(f'{self.directory} has no checkpoint that can be read; start a new run')
+      path = self.directory / str(chosen)
+      try:
+        state, custom = _load(path, abstract_state)
+        return state, custom['data_state'], custom['metadata']
+      except UserError:
+        raise
+      except Exception as e:
+        # An intact checkpoint that does not load is no damage (out of memory, a bug): show it. One
+        # that was committed but not yet sealed when its process died may be either.
+        if step is not None or (path / SEAL).exists() or jax.process_count() > 1:
+          raise
+        _set_aside(path, f'{type(e).__name__} while reading it')
+        self._orbax.reload()
+
+
+def restore_params(path: str | os.PathLike, abstract_params: Any, *, field: str = 'params') -> Any:
+  """Reads the parameters of the newest good checkpoint, and nothing else.
+
+  Args:
+    path: a run directory, or its `checkpoints`.
+    abstract_params: a pytree of `jax.ShapeDtypeStruct`; leaves without a sharding go to the first
+      device.
+    field: the field of the saved state to read.
+
+  Raises:
+    UserError: there is no checkpoint, or it holds other parameters.
+  """
+  path = Path(path).absolute()
+  directory = path / 'checkpoints' if (path / 'checkpoints').is_dir() else path
+  for step in reversed(committed_steps(directory)):
+    if reason := damage(directory / str(step)):
+      _say(f'checkpoint {directory / str(step)} is damaged ({reason}); trying the one before')
+      continue
+    return _load(directory / str(step), {field: abstract_params}, partial=True)[0][field]
+  raise UserError(
+    f'{path} holds no checkpoint that can be read; give the directory of a finished run'
+  )
+
+
+# Reading
+
+
+def _load(path: Path, abstract: Any, *, partial: bool = False) -> tuple[Any, dict]:
+  """(the arrays that `abstract` asks for, the JSON beside them)."""
+  if not path.is_dir():
+    raise UserError(f'there is no checkpoint {path}')
+  found = ocp.checkpointables_metadata(path)
+  _check_same_tree(path, abstract, found.metadata['state'], partial)
+  context = ocp.Context()
+  context.pytree.loading.partial_load = partial
+  with context:
+    loaded = ocp.load_checkpointables(path, {'state': jax.tree.map(_placed, abstract)})
+  return loaded['state'], found.custom_metadata
+
+
+def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _check_same_tree(path: Path, abstract: Any, saved: Any, partial: bool) -> None:
+  """Orbax casts and pads without a word, and its error for another tree fills a screen."""
+  wanted, saved = _leaves(abstract), _leaves(saved)
+  if not saved:
+    raise ValueError('it lists no arrays')
+  for name in sorted(wanted.keys() | (set() if partial else saved.keys())):
+    if wanted.get(name) != saved.get(name):
+      raise UserError(
+        f'checkpoint {path} is of another model or optimizer: {name} is '
+        f'{saved.get(name, "absent")} there and {wanted.get(name, "absent")} here; '
+        'use the config it was saved with'
+      )
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+  """{'params/wte': 'float32[257,96]', ...}; named tuples and dicts look the same."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {
+    jax.tree_util.keystr(keys, simple=True, separator='/'): (
+      f'{leaf.dtype}[{",".join(map(str, leaf.shape))}]'
+    )
+    for keys, leaf in flat
+  }
+
+
+# Seals
+
+
+def seal(path: Path) -> None:
+  """Writes the SHA-256 of every file of a committed checkpoint into it."""
+  files.write_json(path / SEAL, _digests(path))
+
+
+def damage(path: Path) -> str:
+  """What is wrong with a checkpoint in a few words, or ''; one without a seal cannot be judged."""
+  if not (path / SEAL).exists():
+    return ''
+  try:
+    sealed = files.read_json(path / SEAL)
+    found = _digests(path)
+  except (UserError, OSError) as e:
+    return str(e)
+  for name in sorted(sealed.keys() | found.keys()):
+    if sealed.get(name) != found.get(name):
+      return f'{name} is {"changed" if name in found else "missing"}'
+  return ''
+
+
+def _digests(path: Path) -> dict[str, str]:
+  digests = {}
+  for file in sorted(p for p in path.rglob('*') if p.is_file() and p.name != SEAL):
+    with file.open('rb') as f:
+      digests[file.relative_to(path).as_posix()] = hashlib.file_digest(f, 'sha256').hexdigest()
+  return digests
+
+
+# The directory
+
+
+def committed_steps(directory: Path) -> list[int]:
+  """The steps whose folders were renamed into place, ascending; damaged ones included."""
+  if not directory.is_dir():
+    return []
+  return sorted(int(p.name) for p in directory.iterdir() if p.is_dir() and p.name.isdigit())
+
+
+def _remove_half_written(directory: Path) -> None:
+  for path in directory.glob('*.orbax-checkpoint-tmp*'):
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _set_damaged_aside(directory: Path) -> None:
+  """Renames the newest checkpoints until one is good; older ones are not read."""
+  for step in reversed(committed_steps(directory)):
+    reason = damage(directory / str(step))
+    if not reason:
+      return
+    _set_aside(directory / str(step), reason)
+
+
+def _set_aside(path: Path, reason: str) -> None:
+  aside = path.with_name(f'{path.name}.damaged')
+  shutil.rmtree(aside, ignore_errors=True)
+  path.rename(aside)
+  _say(f'checkpoint {path} is damaged ({reason}): renamed to {aside.name}, using the one before')
+
+
+def _say(message: str) -> None:
+  if jax.process_index() == 0:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _barrier(name: str) -> None:
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+@contextmanager
+def _write_errors(directory: Path) -> Iterator[None]:
+  """Turns what the file system refuses into a UserError; TensorStore reports it as a ValueError."""
+  try:
+    yield
+  except (OSError, ValueError) as e:
+    reason = re.search(r': ([^:\[]*) \[os_error_code=', str(e))
+    if not (reason or isinstance(e, OSError)):
+      raise
+    if jax.process_index() == 0:
+      _remove_half_written(directory)
+    raise UserError(
+      f'cannot save a checkpoint in {directory}: {reason[1] if reason else e.strerror}; free space '
+      'or choose another --workdir, then run the same command again: earlier checkpoints are intact'
+    ) from e

@@ -1,0 +1,287 @@
+"""Trains several weightings alike and says which differences between them can be believed.
+
+  python -m experiments.compare --config=configs/quickstart.py --workdir=runs/board \\
+    --weightings=uniform,linupper:1.0,linupper:0.4 --lrs=1e-3,3e-3,1e-2 --seeds=3
+
+Every weighting (an arm; the first is the baseline) is trained at every learning rate on the first
+seed; each arm's best rate is then trained on all seeds. Runs with equal seeds share their initial
+parameters and their batches, so differences are paired. A unit of this work is one run directory in
+WORKDIR/runs; finished ones are skipped and killed ones resume, so repeat the command to continue.
+
+Prints a table; writes WORKDIR/compare.json, WORKDIR/report.html and WORKDIR/plots/*.png.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from configs.common import ConfigError, set_weighting
+from experiments import cli, files
+from experiments import config as config_lib
+from experiments.board import METRICS, Arm, Board, Run
+from experiments.errors import NonFiniteError, UserError
+from experiments.verdict import arm_verdict, board_text
+
+FLAGS = flags.FLAGS
+TrainFn = Callable[[ConfigDict, str], object]
+
+
+@dataclass(frozen=True)
+class Plan:
+  """What is to be compared. `make_plan` checks it."""
+
+  config: ConfigDict
+  weightings: tuple[str, ...]
+  lrs: tuple[float, ...]
+  seeds: tuple[int, ...]
+  metric: str
+  folder: Path
+
+  @property
+  def num_units(self) -> int:
+    return len(self.weightings) * (len(self.lrs) + len(self.seeds) - 1)
+
+  def unit_config(self, weighting: str, lr: float, seed: int) -> ConfigDict:
+    config = config_lib.from_json(config_lib.to_json(self.config))
+    set_weighting(config, weighting)
+    config.optim.lr, config.seed = lr, seed
+    return config
+
+  def unit_folder(self, weighting: str, lr: float, seed: int) -> Path:
+    """Readable, and different whenever anything that changes the numbers differs."""
+    digest = config_lib.config_hash(self.unit_config(weighting, lr, seed))
+    name = f'{weighting.replace(":", "-")}__lr{lr:g}__seed{seed}__{digest}'
+    return self.folder / 'runs' / name
+
+
+def make_plan(
+  config: ConfigDict, weightings: str, lrs: str | None, seeds: int, metric: str, workdir: str
+) -> Plan:
+  """Checks everything that can be wrong before hours are spent.
+
+  Raises:
+    UserError: an empty or repeated arm or rate, a weighting or value that does not exist.
+  """
+  if not workdir:
+    raise UserError('--workdir is missing: try --workdir=runs/board')
+  if seeds < 1:
+    raise UserError(f'--seeds={seeds}: must be at least 1; 3 or more give a usable interval')
+  if metric not in METRICS:
+    raise UserError(f'--metric={metric}: must be one of {", ".join(METRICS)}')
+  plan = Plan(
+    config=config,
+    weightings=split_list('--weightings', weightings, 'uniform,linupper:0.4'),
+    lrs=(config.optim.lr,) if lrs is None else parse_rates(lrs),
+    seeds=tuple(range(config.seed, config.seed + seeds)),
+    metric=metric,
+    folder=Path(workdir),
+  )
+  seen: dict[str, str] = {}
+  for weighting in plan.weightings:
+    try:
+      arm = plan.unit_config(weighting, plan.lrs[0], plan.seeds[0])
+    except ConfigError as e:
+      raise UserError(f'--weightings={weightings}: {e}') from e
+    config_lib.check(arm)
+    same = seen.setdefault(config_lib.config_hash(arm), weighting)
+    if same != weighting:
+      raise UserError(f'--weightings: {same!r} and {weighting!r} are the same arm; drop one')
+    check_weighting(weighting, arm)
+  return plan
+
+
+def check_weighting(name: str, config: ConfigDict) -> None:
+  """Builds the pipeline of one arm once, so that a wrong name fails before anything is trained."""
+  import jaxrw
+
+  try:
+    jaxrw.from_config(config.weighting, config.w.to_dict())
+  except ValueError as e:
+    raise UserError(f'--weightings: {name!r} cannot be built: {config_lib.one_line(e)}') from e
+
+
+def split_list(flag: str, text: str, example: str) -> tuple[str, ...]:
+  items = tuple(item.strip() for item in text.split(','))
+  if not all(items):
+    raise UserError(f'{flag}={text!r}: has an empty entry; write {flag}={example}')
+  repeated = sorted({item for item in items if items.count(item) > 1})
+  if repeated:
+    raise UserError(f'{flag}={text}: {repeated[0]!r} is there twice; drop one')
+  return items
+
+
+def parse_rates(text: str) -> tuple[float, ...]:
+  try:
+    rates = tuple(float(item) for item in split_list('--lrs', text, '1e-3,3e-3,1e-2'))
+  except ValueError:
+    rates = (-1.0,)
+  if not all(0 < rate < math.inf for rate in rates):
+    raise UserError(f'--lrs={text}: every rate must be a positive number; write --lrs=1e-3,3e-3')
+  if len(set(rates)) < len(rates):
+    raise UserError(f'--lrs={text}: the same rate is there twice; drop one')
+  return tuple(sorted(rates))
+
+
+def compare(plan: Plan, train: TrainFn | None = None) -> Board:
+  """Runs what is not finished yet and returns the board.
+
+  Args:
+    plan: from `make_plan`.
+    train: `train(config, folder)`, which leaves a run directory or raises NonFiniteError after
+      writing `abort.json` to it; default `experiments.train.train`.
+  """
+  units = Units(plan, train or default_train())
+  first, *others = plan.seeds
+  grids: dict[str, dict[float, float]] = {weighting: {} for weighting in plan.weightings}
+  for lr in plan.lrs:
+    for weighting, grid in grids.items():
+      grid[lr] = units.finish(weighting, lr, first).value(plan.metric)
+  best = {weighting: best_rate(grid) for weighting, grid in grids.items()}
+  units.skip(len(others) * sum(lr is None for lr in best.values()))
+  runs: dict[str, list[Run]] = {weighting: [] for weighting in plan.weightings}
+  for weighting, lr in best.items():
+    if lr is not None:
+      runs[weighting].append(Run(plan.unit_folder(weighting, lr, first)))
+  # Seeds outside, arms inside: whenever this is killed, most pairs are complete.
+  for seed in others:
+    for weighting, lr in best.items():
+      if lr is not None:
+        runs[weighting].append(units.finish(weighting, lr, seed))
+  return Board(
+    tuple(Arm(w, best[w], tuple(runs[w]), tuple(grids[w].items())) for w in plan.weightings),
+    plan.metric,
+  )
+
+
+def best_rate(grid: dict[float, float]) -> float | None:
+  """The rate with the lowest value, the lower one on a tie; None if every one of several diverged.
+
+  A grid of one rate leaves no choice: that rate is kept, diverged or not.
+  """
+  if len(grid) == 1:
+    return next(iter(grid))
+  lr = min(grid, key=lambda rate: (grid[rate], rate))
+  return lr if math.isfinite(grid[lr]) else None
+
+
+def default_train() -> TrainFn:
+  from experiments.train import train
+
+  return train
+
+
+class Units:
+  """Finishes units one by one and says on stderr which, how they went and how long is left."""
+
+  def __init__(self, plan: Plan, train: TrainFn):
+    self.plan = plan
+    self.train = train
+    self.done = 0
+    self.total = plan.num_units
+    self.seconds: list[float] = []
+
+  def finish(self, weighting: str, lr: float, seed: int) -> Run:
+    """The run of one unit, trained or resumed unless a finished one is there."""
+    folder = self.plan.unit_folder(weighting, lr, seed)
+    title = f'{weighting}  lr {lr:g}  seed {seed}'
+    fresh = not Run(folder).finished
+    if fresh:
+      say(f'[{self.done + 1}/{self.total}] {title}  ...{self.time_left()}')
+      start = time.monotonic()
+      try:
+        self.train(self.plan.unit_config(weighting, lr, seed), str(folder))
+      except NonFiniteError as e:
+        if not (folder / 'abort.json').exists():
+          files.write_json(folder / 'abort.json', {'message': str(e)})
+      self.seconds.append(time.monotonic() - start)
+    self.done += 1
+    run = Run(folder)
+    outcome = (
+      'diverged' if run.diverged else f'{self.plan.metric} {run.value(self.plan.metric):.4f}'
+    )
+    took = f'{self.seconds[-1]:.0f} s' if fresh else 'was finished'
+    say(f'[{self.done}/{self.total}] {title}  {outcome}  ({took})')
+    return run
+
+  def skip(self, n: int) -> None:
+    self.total -= n
+
+  def time_left(self) -> str:
+    if not self.seconds:
+      return ''
+    left = (self.total - self.done) * sum(self.seconds) / len(self.seconds)
+    return f'  about {left / 60:.0f} min left' if left > 90 else f'  about {left:.0f} s left'
+
+
+def say(text: str) -> None:
+  print(text, file=sys.stderr, flush=True)
+
+
+def record(board: Board) -> dict:
+  """`compare.json`: which run is which, and every number of the table; null stands for diverged."""
+  return {
+    'metric': board.metric,
+    'tier': board.tier,
+    'baseline': board.baseline.name,
+    'arms': [
+      {
+        'name': arm.name,
+        'lr': arm.lr,
+        'lr_at_edge': arm.edge,
+        'grid': [{'lr': lr, 'value': value} for lr, value in arm.grid],
+        'runs': [f'runs/{run.path.name}' for run in arm.runs],
+        'values': {metric: arm.values(metric) for metric in board.rows},
+        'difference': {
+          metric: result._asdict() if (result := board.difference(arm, metric)) else None
+          for metric in board.rows
+        },
+        'verdict': arm_verdict(board, arm)._asdict() if arm is not board.baseline else None,
+      }
+      for arm in board.arms
+    ],
+  }
+
+
+def define_flags() -> None:
+  """The command line; defined only by the program that runs, so that others may import this."""
+  cli.define_config()
+  flags.DEFINE_string('weightings', 'uniform,linupper:0.4', 'arms; the first: baseline')
+  flags.DEFINE_string('lrs', None, 'peak learning rates to try; default: the one of the config')
+  flags.DEFINE_integer('seeds', 3, 'paired seeds of every arm, from config.seed on')
+  flags.DEFINE_enum('metric', 'macro_bpb', list(METRICS), 'what picks the learning rate')
+  flags.DEFINE_string('workdir', '', 'where runs and report go; the same one to continue')
+
+
+def main(_: list[str]) -> None:
+  plan = make_plan(
+    FLAGS.config, FLAGS.weightings, FLAGS.lrs, FLAGS.seeds, FLAGS.metric, FLAGS.workdir
+  )
+  use_compilation_cache(plan.folder / '.jax_cache')
+  board = compare(plan)
+  files.write_json(plan.folder / 'compare.json', record(board))
+  print(board_text(board), flush=True)
+
+  from experiments import report
+
+  page = report.write(board, plan.folder)
+  print(f'\nreport: {page}')
+
+
+def use_compilation_cache(folder: Path) -> None:
+  """Resumed units and later seeds find their programs compiled."""
+  import jax
+
+  jax.config.update('jax_compilation_cache_dir', str(folder.absolute()))
+
+
+if __name__ == '__main__':
+  define_flags()
+  cli.run(main)

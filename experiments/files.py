@@ -1,0 +1,76 @@
+"""Small files that are either the old version or the new one, never half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from experiments.errors import UserError
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Replaces `path` by `text` atomically and durably: a kill or a full disk leaves the old file.
+
+  Raises:
+    UserError: the disk is full, or the folder cannot be written.
+  """
+  path = Path(path)
+  temporary = None
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+      'w', encoding='utf-8', dir=path.parent, prefix=f'.{path.name}.', delete=False
+    ) as f:
+      temporary = f.name
+      f.write(text)
+      f.flush()
+      os.fsync(f.fileno())
+    # NamedTemporaryFile makes private files; a run directory is usually shared.
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(temporary, 0o666 & ~umask)
+    os.replace(temporary, path)
+  except OSError as e:
+    if temporary is not None:
+      Path(temporary).unlink(missing_ok=True)
+    raise UserError(
+      f'cannot write {path}: {e.strerror}; free space or choose another folder'
+    ) from e
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+  """Writes `value` as indented JSON, atomically. NaN and infinity become null; see `jsonable`."""
+  write_text(path, json.dumps(jsonable(value), indent=2, allow_nan=False) + '\n')
+
+
+def read_json(path: str | os.PathLike) -> Any:
+  """The content of a JSON file.
+
+  Raises:
+    UserError: no such file, or not JSON.
+  """
+  try:
+    return json.loads(Path(path).read_text(encoding='utf-8'))
+  except OSError as e:
+    raise UserError(f'cannot read {path}: {e.strerror}') from e
+  except ValueError as e:
+    raise UserError(f'{path} is not valid JSON ({e}); delete it or restore it from a copy') from e
+
+
+def jsonable(value: Any) -> Any:
+  """`value` with arrays as lists, array scalars as numbers, and NaN and infinity as None.
+
+  JSON has no NaN, and a file with a bare `NaN` in it cannot be read outside Python.
+  """
+  if isinstance(value, dict):
+    return {str(k): jsonable(v) for k, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [jsonable(v) for v in value]
+  if hasattr(value, 'tolist'):  # NumPy and JAX arrays and their scalars
+    return jsonable(value.tolist())
+  if isinstance(value, float) and (value != value or value in (float('inf'), float('-inf'))):
+    return None
+  return value

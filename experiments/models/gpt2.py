@@ -1,0 +1,343 @@
+"""GPT-2 as pure functions: `init(key, cfg) -> params` and `apply(params, tokens, cfg) -> logits`.
+
+Flax nnx describes the layers and nothing else: a module is split once into a static description
+and its arrays, and merged again where it is called. Everything outside sees plain nested dicts of
+float32 arrays, so `jax.jit`, `vmap`, `grad` and checkpoints need to know nothing about flax.
+
+Shapes: B rows, T positions, D = n_embd, H heads, L layers, V tokens of vocabulary. The L blocks
+have one set of parameters stacked on a leading axis L, which `lax.scan` walks; compile time and
+the size of the program then do not grow with depth. Matmuls run in `cfg.dtype`; parameters, layer
+norms, softmax, logits and losses are float32 whatever it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from experiments.errors import UserError
+from experiments.mesh import pin_rows
+from jaxrw.losses import cross_entropy
+
+Params = dict[str, Any]
+
+# Path pattern -> how an array is laid out on the mesh (see experiments.mesh). `fsdp` cuts the
+# matrices and the token table; what is left is too small for the gathers to be worth it.
+SHARDING_RULES = (
+  (r'blocks/.*/kernel$', P(None, None, 'fsdp')),
+  (r'wte/embedding$', P(None, 'fsdp')),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+  """Everything that fixes the architecture. Hashable, so that it can be a static argument.
+
+  Attributes:
+    vocab_size: V, rows of the token table, which is also the output layer (tied).
+    max_len: positions of the learned position table; T may be anything up to it.
+    n_layer, n_head, n_embd: L, H, D; D must be a multiple of H.
+    dropout: rate on the embeddings and on both residual branches (not on attention weights, which
+      fused attention kernels do not expose). 0 needs no key.
+    dtype: 'float32' or 'bfloat16', the dtype of matmuls and of the residual stream.
+    scan: walk the blocks by `lax.scan`; False unrolls them. The numbers agree.
+    remat: recompute each block in the backward pass instead of storing its activations.
+    attention: 'xla', 'cudnn' (16-bit, NVIDIA only), or 'auto': cudnn where it applies.
+  """
+
+  vocab_size: int
+  max_len: int
+  n_layer: int
+  n_head: int
+  n_embd: int
+  dropout: float = 0.0
+  dtype: str = 'float32'
+  scan: bool = True
+  remat: bool = False
+  attention: str = 'auto'
+
+  @classmethod
+  def from_config(cls, model, *, vocab_size: int, seq_len: int) -> GPT2Config:
+    """Builds the config of a run from `config.model`, the tokenizer's size and the data's T.
+
+    Raises:
+      UserError: one line that names the field, its value and the fix.
+    """
+    vocab, max_len = model.vocab_size or vocab_size, model.max_len or seq_len
+    if vocab < vocab_size:
+      raise UserError(
+        f'model.vocab_size={vocab} is smaller than the tokenizer ({vocab_size} tokens): '
+        f'use 0 or at least {vocab_size}'
+      )
+    if seq_len > max_len:
+      raise UserError(
+        f'data.seq_len={seq_len} is longer than the model (model.max_len={max_len}): '
+        f'shorten data.seq_len or set model.max_len to 0 or at least {seq_len}'
+      )
+    if model.n_head < 1 or model.n_embd % model.n_head:
+      raise UserError(
+        f'model.n_embd={model.n_embd} is not a multiple of model.n_head={model.n_head}: '
+        'change one of them'
+      )
+    if model.dtype not in ('float32', 'bfloat16'):
+      raise UserError(f"model.dtype='{model.dtype}' is unknown: use 'float32' or 'bfloat16'")
+    if model.attention not in ('auto', 'xla', 'cudnn'):
+      raise UserError(
+        f"model.attention='{model.attention}' is unknown: use 'auto', 'xla' or 'cudnn'"
+      )
+    return cls(
+      vocab_size=vocab,
+      max_len=max_len,
+      n_layer=model.n_layer,
+      n_head=model.n_head,
+      n_embd=model.n_embd,
+      dropout=model.dropout,
+      dtype=model.dtype,
+      scan=model.scan,
+      remat=model.remat,
+      attention=model.attention,
+    )
+
+
+def _gpt2(n_layer: int, n_head: int) -> GPT2Config:
+  return GPT2Config(vocab_size=50257, max_len=512, n_layer=n_layer, n_head=n_head, n_embd=768)
+
+
+PRESETS = {
+  'tiny': GPT2Config(vocab_size=257, max_len=128, n_layer=2, n_head=4, n_embd=96),
+  'gpt2_124m': _gpt2(12, 12),
+  'gpt2_209m': _gpt2(24, 16),
+  'gpt2_294m': _gpt2(36, 24),
+}
+
+
+# Modules --------------------------------------------------------------------------------------
+
+
+class Attention(nnx.Module):
+  """Causal multi-head self-attention, [B, T, D] -> [B, T, D]."""
+
+  def __init__(self, cfg: GPT2Config, *, rngs: nnx.Rngs):
+    linear = functools.partial(nnx.Linear, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
+    self.qkv = linear(cfg.n_embd, 3 * cfg.n_embd, kernel_init=_normal())
+    self.out = linear(cfg.n_embd, cfg.n_embd, kernel_init=_normal(_residual_scale(cfg)))
+    self.n_head = cfg.n_head
+    self.implementation = cfg.attention
+
+  def __call__(self, x):
+    b, t, d = x.shape
+    q, k, v = jnp.split(self.qkv(x).reshape(b, t, 3 * self.n_head, -1), 3, axis=2)
+    kernel = _attention_kernel(self.implementation, q)
+    y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kernel)
+    return self.out(y.reshape(b, t, d))
+
+
+class MLP(nnx.Module):
+  """Two layers with a gelu (tanh form, as GPT-2) between, [B, T, D] -> [B, T, D]."""
+
+  def __init__(self, cfg: GPT2Config, *, rngs: nnx.Rngs):
+    linear = functools.partial(nnx.Linear, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
+    self.up = linear(cfg.n_embd, 4 * cfg.n_embd, kernel_init=_normal())
+    self.down = linear(4 * cfg.n_embd, cfg.n_embd, kernel_init=_normal(_residual_scale(cfg)))
+
+  def __call__(self, x):
+    return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
+class Block(nnx.Module):
+  """Pre-norm transformer block, [B, T, D] -> [B, T, D] in the dtype of its input."""
+
+  def __init__(self, cfg: GPT2Config, *, rngs: nnx.Rngs):
+    self.ln_1, self.attn = _layer_norm(cfg, rngs), Attention(cfg, rngs=rngs)
+    self.ln_2, self.mlp = _layer_norm(cfg, rngs), MLP(cfg, rngs=rngs)
+    self.dropout = cfg.dropout
+
+  def __call__(self, x, key=None):
+    x = x + _dropout(self.attn(self.ln_1(x)), key, 0, self.dropout)
+    return x + _dropout(self.mlp(self.ln_2(x)), key, 1, self.dropout)
+
+
+class Ends(nnx.Module):
+  """What is outside the blocks: token and position tables, last norm, and the tied output."""
+
+  def __init__(self, cfg: GPT2Config, *, rngs: nnx.Rngs):
+    self.wte = nnx.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=_normal(), rngs=rngs)
+    self.wpe = nnx.Embed(cfg.max_len, cfg.n_embd, embedding_init=_normal(), rngs=rngs)
+    self.ln_f = _layer_norm(cfg, rngs)
+    self.dtype = jnp.dtype(cfg.dtype)
+
+  def embed(self, tokens):
+    """i32[B, T] -> cfg.dtype[B, T, D]."""
+    token_rows = self.wte.embedding[...][tokens]
+    return (token_rows + self.wpe.embedding[: tokens.shape[1]]).astype(self.dtype)
+
+  def logits(self, x):
+    """cfg.dtype[B, T, D] -> f32[B, T, V]. 16-bit inputs, but the products are summed in float32."""
+    table = self.wte.embedding[...].astype(self.dtype)
+    return jnp.einsum('btd,vd->btv', self.ln_f(x), table, preferred_element_type=jnp.float32)
+
+
+def _normal(scale: float = 1.0):
+  return nnx.initializers.normal(0.02 * scale)
+
+
+def _residual_scale(cfg: GPT2Config) -> float:
+  # 2L branches add up in the residual stream; this keeps its variance independent of depth.
+  return (2 * cfg.n_layer) ** -0.5
+
+
+class _LayerNorm(nnx.LayerNorm):
+  """Statistics and affine part in float32, output in the dtype of the input."""
+
+  def __call__(self, x, *, mask=None):
+    return super().__call__(x, mask=mask).astype(x.dtype)
+
+
+def _layer_norm(cfg: GPT2Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
+  return _LayerNorm(
+    cfg.n_embd, epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, rngs=rngs
+  )
+
+
+def _dropout(x, key, site: int, rate: float):
+  """Inverted dropout on [B, T, D] with one key a row: a row's noise does not depend on the batch."""
+  if key is None or rate == 0.0:
+    return x
+  draw = lambda k: jax.random.bernoulli(jax.random.fold_in(k, site), 1 - rate, x.shape[1:])
+  return jnp.where(jax.vmap(draw)(key), x / (1 - rate), 0).astype(x.dtype)
+
+
+def _attention_kernel(implementation: str, q) -> str:
+  if implementation != 'auto':
+    return implementation
+  fits = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+  return 'cudnn' if fits and jax.default_backend() == 'gpu' else 'xla'
+
+
+# Pure functions -------------------------------------------------------------------------------
+
+
+@functools.cache
+def _graphs(cfg: GPT2Config):
+  """The static descriptions of `Ends` and `Block`, made without allocating an array."""
+  abstract = lambda module: nnx.eval_shape(lambda: module(cfg, rngs=nnx.Rngs(0)))
+  return nnx.split(abstract(Ends))[0], nnx.split(abstract(Block))[0]
+
+
+def init(key: jax.Array, cfg: GPT2Config) -> Params:
+  """Draws fresh float32 parameters: {'wte', 'wpe', 'ln_f', 'blocks'}, blocks stacked on axis 0.
+
+  GPT-2's scheme: normal(0.02), the two projections into the residual stream divided by
+  sqrt(2 L), biases 0, norms 1.
+  """
+  ends_key, blocks_key = jax.random.split(key)
+  arrays = lambda module, k: nnx.to_pure_dict(nnx.state(module(cfg, rngs=nnx.Rngs(k))))
+  blocks = jax.vmap(functools.partial(arrays, Block))(jax.random.split(blocks_key, cfg.n_layer))
+  return {**arrays(Ends, ends_key), 'blocks': blocks}
+
+
+def apply(
+  params: Params,
+  tokens: jax.Array,
+  cfg: GPT2Config,
+  *,
+  key: jax.Array | None = None,
+  mesh: Mesh | None = None,
+) -> jax.Array:
+  """Next-token logits of every position.
+
+  Args:
+    params: as `init` returns them.
+    tokens: i32[B, T], T <= cfg.max_len.
+    cfg: the architecture.
+    key: typed keys [B], one a row, for dropout; None leaves it out.
+    mesh: where the batch lives; activations are then kept cut along its rows. The numbers are the
+      same without it, but a mesh with fsdp > 1 spends far more on communication.
+
+  Returns:
+    f32[B, T, V]; position t depends on tokens 0..t only.
+  """
+  if tokens.shape[1] > cfg.max_len:
+    raise ValueError(f'{tokens.shape[1]} tokens in a row, but cfg.max_len is {cfg.max_len}')
+  ends_graph, block_graph = _graphs(cfg)
+  ends = nnx.merge(ends_graph, {name: params[name] for name in ('wte', 'wpe', 'ln_f')})
+
+  def block(x, layer):
+    index, arrays = layer
+    layer_key = None if key is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(key)
+    return pin_rows(nnx.merge(block_graph, arrays)(x, layer_key), mesh), None
+
+  if cfg.remat:
+    # Inside scan the loop itself keeps XLA from undoing the recomputation.
+    block = jax.checkpoint(block, prevent_cse=not cfg.scan)
+
+  x = pin_rows(_dropout(ends.embed(tokens), key, cfg.n_layer, cfg.dropout), mesh)
+  layers = (jnp.arange(cfg.n_layer), params['blocks'])
+  if cfg.scan:
+    x, _ = jax.lax.scan(block, x, layers)
+  else:
+    for i in range(cfg.n_layer):
+      x, _ = block(x, jax.tree.map(lambda leaf: leaf[i], layers))  # noqa: B023
+  return ends.logits(x)
+
+
+def token_losses(
+  params: Params, batch: dict[str, jax.Array], cfg: GPT2Config, *, mesh: Mesh | None = None
+) -> jax.Array:
+  """Cross entropy of every next token, in nats, unmasked: f32[B, T].
+
+  Args:
+    batch: `tokens` i32[B, T + 1]; with cfg.dropout > 0 also `dropout_key`, typed keys [B].
+    mesh: see `apply`.
+  """
+  tokens = batch['tokens']
+  key = batch['dropout_key'] if cfg.dropout > 0 else None
+  logits = apply(params, tokens[:, :-1], cfg, key=key, mesh=mesh)
+  return cross_entropy(logits, tokens[:, 1:])
+
+
+def example_loss(params: Params, example: dict[str, jax.Array], cfg: GPT2Config) -> jax.Array:
+  """Mean loss of one example's valid targets, f32[]: the definition, for `vmap` and `grad` of it.
+
+  Uses plain attention whatever `cfg.attention` says: fused kernels do not support forward-mode
+  derivatives, nor every combination of vmap and grad.
+
+  Args:
+    example: one row of a batch, without its leading axis: `tokens` i32[T + 1], `base` f32[T].
+  """
+  one_row = {name: leaf[None] for name, leaf in example.items()}
+  losses = token_losses(params, one_row, dataclasses.replace(cfg, attention='xla'))[0]
+  base = example['base']
+  return jnp.sum(jnp.where(base > 0, base * losses, 0.0)) / jnp.maximum(jnp.sum(base), 1.0)
+
+
+def dropout_keys(key: jax.Array, step: jax.Array, example_ids: jax.Array) -> jax.Array:
+  """Typed keys [B] that depend on (key, step, example id) alone, so on no device layout."""
+  step_key = jax.random.fold_in(key, step)
+  return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(example_ids)
+
+
+# Sizes ----------------------------------------------------------------------------------------
+
+
+def num_params(cfg: GPT2Config) -> int:
+  """Number of parameters, tied output counted once: V D + max_len D + L (12 D^2 + 13 D) + 2 D."""
+  d = cfg.n_embd
+  return (cfg.vocab_size + cfg.max_len) * d + cfg.n_layer * (12 * d * d + 13 * d) + 2 * d
+
+
+def flops_per_token(cfg: GPT2Config, seq_len: int | None = None) -> int:
+  """Useful matmul FLOPs to train on one token: forward 2 (12 L D^2 + L T D + D V), times 3.
+
+  This is the numerator of model FLOPs utilization. Attention counts the causal half only,
+  recomputation is not counted, and the backward pass costs two forwards.
+  """
+  d, t = cfg.n_embd, seq_len or cfg.max_len
+  return 3 * 2 * (12 * cfg.n_layer * d * d + cfg.n_layer * t * d + d * cfg.vocab_size)

@@ -1,0 +1,311 @@
+"""The figures of a report. Each function draws one board in one theme, or returns None if it has
+nothing to show. Colors are Okabe and Ito's, told apart by color-blind readers; lines that share a
+panel also differ in dash, and are labeled where they end wherever there is room.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from experiments.board import METRICS, Arm, Board, lookup
+from experiments.verdict import column
+
+DASHES: tuple[Any, ...] = ('-', (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.5, 1.5)))
+MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
+LINES_BEFORE_REPEAT = 7
+DPI = 150
+
+
+@dataclass(frozen=True)
+class Theme:
+  """Page, ink, faint ink, and line colors; the first is the baseline's."""
+
+  name: str
+  paper: str
+  ink: str
+  faint: str
+  colors: tuple[str, ...]
+
+
+LIGHT = Theme(
+  'light', '#ffffff', '#1d2128', '#8a919c',
+  ('#1d2128', '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#b07c00', '#56b4e9'),
+)  # fmt: skip
+DARK = Theme(
+  'dark', '#1a1d23', '#e8eaed', '#868e99',
+  ('#e8eaed', '#56b4e9', '#f08a4b', '#2fc79a', '#e0a3c6', '#e6b93c', '#9db8ff'),
+)  # fmt: skip
+
+
+def style_of(index: int, theme: Theme) -> dict[str, Any]:
+  """Color and dash of the index-th line; seven colors, then the same with another dash."""
+  return {
+    'color': theme.colors[index % LINES_BEFORE_REPEAT],
+    'linestyle': DASHES[(index // LINES_BEFORE_REPEAT + index) % len(DASHES)],
+  }
+
+
+def draw_differences(board: Board, theme: Theme) -> Figure | None:
+  """Arm minus baseline, by metric and domain, with 95% intervals."""
+  arms = [(i, arm) for i, arm in enumerate(board.arms) if i]
+  metrics = [m for m in board.rows if not m.endswith('_loss')]
+  drawn = [(i, arm, m, board.difference(arm, m)) for i, arm in arms for m in metrics]
+  if not any(result for *_, result in drawn):
+    return None
+  height = 1.3 + len(metrics) * (0.16 + 0.16 * len(arms))
+  fig = Figure(figsize=(8.2, height), layout='constrained')
+  ax = fig.subplots()
+  ax.axvline(0, color=theme.ink, lw=1)
+  for i, arm, metric, result in drawn:
+    if result is None:
+      continue
+    y = metrics.index(metric) + 0.7 * (i - (len(arms) + 1) / 2) / len(arms)
+    color = theme.colors[i % LINES_BEFORE_REPEAT]
+    if result.low is not None:
+      ax.plot([result.low, result.high], [y, y], color=color, lw=2, solid_capstyle='butt')
+    label = arm.name if metric == metrics[0] else None
+    ax.plot(
+      result.mean, y, MARKERS[(i - 1) % len(MARKERS)], color=color, ms=5.5, label=label, ls='none'
+    )
+  ax.set_yticks(range(len(metrics)), [column(m) for m in metrics])
+  ax.set_ylim(len(metrics) - 0.45, -0.55)
+  ax.axhline(len([m for m in metrics if '/' not in m]) - 0.5, color=theme.faint, lw=0.6)
+  ax.set_xlabel(
+    f'← better      bits per byte minus {board.baseline.name}, final evaluation      worse →'
+  )
+  ax.grid(axis='x')
+  ax.tick_params(axis='y', length=0)
+  fig.legend(loc='outside upper left', ncols=4, frameon=False)
+  return fig
+
+
+def draw_rates(board: Board, theme: Theme) -> Figure | None:
+  """The learning-rate grid on the first seed; the chosen rate is ringed, a diverged one is x."""
+  if all(len(arm.grid) < 2 for arm in board.arms):
+    return None
+  fig = Figure(figsize=(6.4, 3.5), layout='constrained')
+  ax = fig.subplots()
+  finite = [v for arm in board.arms for _, v in arm.grid if math.isfinite(v)]
+  ceiling = max(finite, default=1.0) + 0.08 * (max(finite, default=1.0) - min(finite, default=0.0))
+  ends = []
+  for i, arm in enumerate(board.arms):
+    grid = sorted(arm.grid)
+    good = [(lr, value) for lr, value in grid if math.isfinite(value)]
+    style = style_of(i, theme)
+    if good:
+      ax.plot(*zip(*good), marker='.', lw=1.6, **style)
+      ends.append((*good[-1], arm.name, style['color']))
+    for lr in (lr for lr, value in grid if not math.isfinite(value)):
+      ax.plot(lr, ceiling, 'x', color=style['color'], ms=8, mew=2)
+    for lr, value in good:
+      if lr == arm.lr:
+        ax.plot(lr, value, 'o', ms=11, mfc='none', mec=style['color'], mew=1.4)
+  rates = sorted({lr for arm in board.arms for lr, _ in arm.grid})
+  ax.set_xscale('log')
+  ax.set_xticks(rates, [f'{lr:g}' for lr in rates], minor=False)
+  ax.minorticks_off()
+  ax.set_xlabel('peak learning rate (log scale)')
+  ax.set_ylabel(f'{METRICS.get(board.metric, board.metric)},\nfirst seed')
+  ax.grid(axis='y')
+  label_ends(ax, ends)
+  return fig
+
+
+def draw_curves(board: Board, theme: Theme) -> Figure | None:
+  """Validation bits per byte over training: the macro average and every domain, with its floor."""
+  metrics = ['macro_bpb', *(f'bpb/{domain}' for domain in board.domains)]
+  if not any(run.rows('eval') for arm in board.arms for run in arm.runs):
+    return None
+  fig, panels = small_multiples(len(metrics))
+  for ax, metric in zip(panels, metrics):
+    settled = []
+    for i, arm in enumerate(board.arms):
+      steps, curves = seed_curves(arm, 'eval', lambda row, m=metric: lookup(row, m))
+      if not len(steps):
+        continue
+      style = style_of(i, theme)
+      ax.fill_between(steps, curves.min(0), curves.max(0), color=style['color'], alpha=0.18, lw=0)
+      marker = '.' if len(steps) < 3 else None
+      ax.plot(steps, curves.mean(0), lw=1.7, marker=marker, label=arm.name, **style)
+      settled.append(curves[:, steps >= 0.25 * steps[-1]])
+    floor = board.floor(metric)
+    if math.isfinite(floor):
+      ax.axhline(floor, color=theme.faint, lw=1.2, ls=(0, (2, 2)))
+      ax.annotate(
+        'byte bigram', (1, floor), xycoords=('axes fraction', 'data'), xytext=(-2, 2),
+        textcoords='offset points', ha='right', va='bottom', color=theme.faint, fontsize=8,
+      )  # fmt: skip
+    set_settled_range(ax, [*settled, np.array([[floor]])])
+    ax.set_title('macro average' if metric == 'macro_bpb' else column(metric))
+    ax.grid(axis='y')
+  frame(fig, panels, 'optimizer step', 'bits per byte')
+  return fig
+
+
+def draw_domain_weights(board: Board, theme: Theme) -> Figure | None:
+  """Mean weight of each domain's examples over training, one panel for each arm that reweights."""
+  arms = [arm for arm in board.arms if reweights(arm)]
+  if not arms:
+    return None
+  fig, panels = small_multiples(len(arms), columns=2, size=(4.6, 3.1))
+  for ax, arm in zip(panels, arms):
+    ends = []
+    for i, domain in enumerate(board.domains):
+      steps, curves = seed_curves(
+        arm, 'train', lambda row, d=domain: lookup(row.get('domain', {}).get(d, {}), 'weight')
+      )
+      if not len(steps):
+        continue
+      curve = smooth(curves.mean(0))
+      style = style_of(i, theme)
+      ax.plot(steps, curve, lw=1.6, **style)
+      ends.append((steps[-1], curve[-1], domain, style['color']))
+    ax.axhline(1, color=theme.faint, lw=1)
+    ax.set_title(arm.name)
+    ax.grid(axis='y')
+    label_ends(ax, ends)
+  frame(fig, panels, 'optimizer step', 'mean weight (1 is neutral)', legend=False)
+  return fig
+
+
+def draw_concentration(board: Board, theme: Theme) -> Figure | None:
+  """How many examples a step really used: effective sample size, entropy, largest share."""
+  quantities = {
+    'ess': 'effective sample size\n(fraction of the batch)',
+    'entropy': 'entropy of the weights\n(fraction of its maximum)',
+    'max_share': 'largest share of one example\n(fraction of the step)',
+  }
+  fig, panels = small_multiples(3)
+  drawn = False
+  for ax, (key, title) in zip(panels, quantities.items()):
+    for i, arm in enumerate(board.arms):
+      steps, curves = seed_curves(arm, 'train', lambda row, k=key: lookup(row, k))
+      if len(steps):
+        ax.plot(steps, smooth(curves.mean(0)), lw=1.6, label=arm.name, **style_of(i, theme))
+        drawn = True
+    ax.set_title(title)
+    ax.set_ylim(0, None if key == 'max_share' else 1.03)
+    ax.grid(axis='y')
+  frame(fig, panels, 'optimizer step')
+  return fig if drawn else None
+
+
+FIGURES: dict[str, Callable[[Board, Theme], Figure | None]] = {
+  'differences': draw_differences,
+  'learning_rates': draw_rates,
+  'curves': draw_curves,
+  'domain_weights': draw_domain_weights,
+  'concentration': draw_concentration,
+}
+
+
+def render(board: Board, name: str, theme: Theme) -> bytes | None:
+  """One figure as PNG, or None if the board has nothing to show in it."""
+  settings = {
+    'font.size': 10, 'axes.titlesize': 10, 'axes.titlelocation': 'left', 'axes.labelsize': 9,
+    'xtick.labelsize': 8.5, 'ytick.labelsize': 8.5, 'legend.fontsize': 9.5,
+    'font.family': 'DejaVu Sans', 'axes.spines.top': False, 'axes.spines.right': False,
+    'figure.facecolor': theme.paper, 'axes.facecolor': theme.paper, 'text.color': theme.ink,
+    'axes.edgecolor': theme.faint, 'axes.labelcolor': theme.ink, 'axes.titlecolor': theme.ink,
+    'xtick.color': theme.ink, 'ytick.color': theme.ink, 'grid.color': theme.faint,
+    'grid.alpha': 0.25, 'grid.linewidth': 0.7,
+  }  # fmt: skip
+  with matplotlib.rc_context(settings):
+    figure = FIGURES[name](board, theme)
+    if figure is None:
+      return None
+    buffer = io.BytesIO()
+    # Without matplotlib's name and version in the file, equal figures are equal bytes.
+    figure.savefig(buffer, format='png', dpi=DPI, metadata={'Software': None})
+    return buffer.getvalue()
+
+
+def seed_curves(
+  arm: Arm, kind: str, value: Callable[[dict], float]
+) -> tuple[np.ndarray, np.ndarray]:
+  """(steps [N], values [seeds, N]) on the steps that every seed has; empty if there are none."""
+  series = []
+  for run in arm.survivors or arm.runs:
+    points = {row['step']: value(row) for row in run.rows(kind)}
+    series.append({step: y for step, y in points.items() if math.isfinite(y)})
+  series = [points for points in series if points]
+  steps = sorted(set.intersection(*map(set, series))) if series else []
+  return np.array(steps), np.array([[points[s] for s in steps] for points in series])
+
+
+def reweights(arm: Arm) -> bool:
+  """Whether any step of any seed had unequal weights."""
+  return any(row.get('ess', 1.0) < 1 - 1e-4 for run in arm.runs for row in run.rows('train'))
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+  """Centered moving average over about a fifteenth of the curve; the ends use what there is."""
+  half = len(values) // 30
+  sums = np.cumsum(np.concatenate([[0.0], values]))
+  at = np.arange(len(values))
+  low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+  return (sums[high] - sums[low]) / (high - low)
+
+
+def small_multiples(
+  n: int, columns: int = 3, size: tuple[float, float] = (3.1, 2.5)
+) -> tuple[Figure, list[Axes]]:
+  columns = min(columns, n)
+  rows = -(-n // columns)
+  width = max(size[0] * columns, 5.2)
+  fig = Figure(figsize=(width, size[1] * rows + 0.35), layout='constrained')
+  panels = list(fig.subplots(rows, columns, squeeze=False).flat)
+  for ax in panels[n:]:
+    ax.set_axis_off()
+  return fig, panels[:n]
+
+
+def frame(fig: Figure, panels: Sequence[Axes], x: str, y: str = '', *, legend: bool = True) -> None:
+  """Axis titles once for the whole figure, one legend above it."""
+  fig.supxlabel(x, fontsize=9)
+  for ax in panels:
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+  if y:
+    fig.supylabel(y, fontsize=9)
+  handles, labels = panels[0].get_legend_handles_labels()
+  if legend and handles:
+    fig.legend(handles, labels, loc='outside upper left', ncols=4, frameon=False)
+
+
+def set_settled_range(ax: Axes, parts: Sequence[np.ndarray]) -> None:
+  """A y range for what follows the first quarter of training; the fall before it is cut off."""
+  values = np.concatenate([part.ravel() for part in parts])
+  values = values[np.isfinite(values)]
+  if len(values):
+    low, high = values.min(), values.max()
+    margin = 0.08 * (high - low) or 0.05
+    ax.set_ylim(low - margin, high + margin)
+
+
+def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+  """Names lines at their right ends, moved apart where they would overlap."""
+  if not ends:
+    return
+  low, high = ax.get_ylim()
+  gap = 0.075 * (high - low)
+  ends = sorted(ends, key=lambda end: end[1])
+  heights = [end[1] for end in ends]
+  for i in range(1, len(heights)):
+    heights[i] = max(heights[i], heights[i - 1] + gap)
+  overflow = max(0.0, heights[-1] - high)
+  heights = [h - overflow for h in heights]
+  for (x, y, name, color), height in zip(ends, heights):
+    ax.annotate(
+      name, (x, y), xytext=(1.02, height), textcoords=ax.get_yaxis_transform(), va='center',
+      color=color, fontsize=8.5, annotation_clip=False,
+    )  # fmt: skip

@@ -1,0 +1,36 @@
+"""A corpus of two small domains and a config that trains on it in seconds."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from configs import common
+
+WORDS = 'the weight of a loss is one number on every device and survives kill'.split()
+
+
+def write_corpus(folder: Path, documents: int = 60) -> Path:
+  """`{domain}.{split}.jsonl` for an easy domain (four words) and a hard one (random letters)."""
+  rng = random.Random(0)
+  folder.mkdir(parents=True, exist_ok=True)
+  texts = {
+    'easy': lambda: ' '.join(rng.choices(WORDS[:4], k=40)),
+    'hard': lambda: ''.join(rng.choices('abcdefghijklmnopqrstuvwxyz ,.', k=200)),
+  }
+  for domain, text in texts.items():
+    for split, count in (('train', documents), ('validation', documents // 6)):
+      lines = [json.dumps({'id': f'{domain}-{split}-{i}', 'text': text()}) for i in range(count)]
+      (folder / f'{domain}.{split}.jsonl').write_text('\n'.join(lines) + '\n')
+  return folder
+
+
+def config(corpus: Path, root: Path, steps: int = 6):
+  """A two-layer GPT of width 32 on `write_corpus`; a checkpoint every other step."""
+  value = common.quick(common.base_config())
+  value.total_steps = steps
+  value.data.update(source='folder', path=str(corpus), root=str(root))
+  value.log.update(tensorboard=False, progress=False)
+  common.set_weighting(value, 'linupper:0.4')
+  return value

@@ -1,0 +1,351 @@
+"""The GPT-2 model against closed formulas, a NumPy forward pass and itself computed other ways."""
+
+import dataclasses
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.errors import UserError
+from experiments.mesh import batch_sharding, make_mesh, tree_shardings
+from experiments.models import gpt2
+
+CFG = gpt2.GPT2Config(vocab_size=37, max_len=12, n_layer=2, n_head=2, n_embd=16)
+ROWS, LENGTH = 8, 10
+
+
+@pytest.fixture(scope='module')
+def params():
+  # Larger than at initialization, so that attention and the gelu leave their linear range.
+  fresh = fresh_params(CFG)
+  noise = lambda leaf: 0.3 * np.random.default_rng(leaf.size).standard_normal(leaf.shape)
+  return jax.tree.map(lambda leaf: (leaf + noise(leaf)).astype(jnp.float32), fresh)
+
+
+@pytest.fixture(scope='module')
+def batch():
+  rng = np.random.default_rng(1)
+  base = (rng.random((ROWS, LENGTH)) < 0.8).astype(np.float32)
+  tokens = rng.integers(0, CFG.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
+  return {'tokens': tokens, 'base': base}
+
+
+def replace(**changes):
+  return dataclasses.replace(CFG, **changes)
+
+
+def mean_loss(params, batch, cfg, mesh=None):
+  return gpt2.token_losses(params, batch, cfg, mesh=mesh).mean()
+
+
+@partial(jax.jit, static_argnums=2)
+def losses_of(params, batch, cfg):
+  return gpt2.token_losses(params, batch, cfg)
+
+
+@partial(jax.jit, static_argnums=2)
+def logits_of(params, tokens, cfg):
+  return gpt2.apply(params, tokens, cfg)
+
+
+@partial(jax.jit, static_argnums=2)
+def grads_of(params, batch, cfg):
+  return jax.value_and_grad(mean_loss)(params, batch, cfg)
+
+
+@partial(jax.jit, static_argnums=2)
+def definitions_of(params, batch, cfg):
+  return jax.vmap(partial(gpt2.example_loss, cfg=cfg), in_axes=(None, 0))(params, batch)
+
+
+def fresh_params(cfg):
+  return jax.jit(partial(gpt2.init, cfg=cfg))(jax.random.key(0))
+
+
+# Sizes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('name', 'count', 'millions'),
+  [
+    ('gpt2_124m', 124_046_592, '124.0'),
+    ('gpt2_209m', 209_101_056, '209.1'),
+    ('gpt2_294m', 294_155_520, '294.2'),
+  ],
+)
+def test_presets_have_the_published_parameter_counts(name, count, millions):
+  cfg = gpt2.PRESETS[name]
+  shapes = jax.eval_shape(partial(gpt2.init, cfg=cfg), jax.random.key(0))
+  assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count == gpt2.num_params(cfg)
+  assert f'{count / 1e6:.1f}' == millions
+
+
+def test_params_are_plain_float32_dicts_with_stacked_blocks(params):
+  shapes = jax.tree.map(jnp.shape, params)
+  assert shapes['blocks']['attn']['qkv'] == {'kernel': (2, 16, 48), 'bias': (2, 48)}
+  assert shapes['wte'] == {'embedding': (37, 16)}
+  assert set(shapes) == {'wte', 'wpe', 'ln_f', 'blocks'}
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
+
+
+def test_initial_scales():
+  cfg = gpt2.GPT2Config(vocab_size=500, max_len=100, n_layer=8, n_head=2, n_embd=64)
+  fresh = fresh_params(cfg)
+  blocks = fresh['blocks']
+  np.testing.assert_allclose(fresh['wte']['embedding'].std(), 0.02, rtol=0.05)
+  np.testing.assert_allclose(blocks['mlp']['up']['kernel'].std(), 0.02, rtol=0.05)
+  np.testing.assert_allclose(blocks['mlp']['down']['kernel'].std(), 0.005, rtol=0.05)
+  np.testing.assert_allclose(blocks['attn']['out']['kernel'].std(), 0.005, rtol=0.05)
+  assert not np.any(blocks['attn']['qkv']['bias'])
+  assert np.all(blocks['ln_1']['scale'] == 1)
+  assert not np.allclose(blocks['mlp']['up']['kernel'][0], blocks['mlp']['up']['kernel'][1])
+
+
+def test_a_fresh_model_predicts_almost_uniformly(batch):
+  losses = losses_of(fresh_params(CFG), batch, CFG)
+  np.testing.assert_allclose(losses.mean(), np.log(CFG.vocab_size), rtol=0.02)
+
+
+def test_useful_flops_of_124m_by_hand():
+  # 12 layers of 12 x 768^2, causal attention 512 x 768, 768 x 50257 logits: x 2, x 3.
+  by_hand = 6 * (12 * 12 * 768**2 + 12 * 512 * 768 + 768 * 50257)
+  assert gpt2.flops_per_token(gpt2.PRESETS['gpt2_124m']) == by_hand
+  assert 0.7e9 < by_hand < 0.8e9
+
+
+# Values -----------------------------------------------------------------------------------------
+
+
+def numpy_logits(params, tokens, n_head):
+  """GPT-2 written once more, for one row of tokens, in float64 and with explicit loops."""
+  p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+
+  def norm(x, p):
+    centered = x - x.mean(-1, keepdims=True)
+    return centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5) * p['scale'] + p['bias']
+
+  def linear(x, p):
+    return x @ p['kernel'] + p['bias']
+
+  def attention(x, p):
+    q, k, v = np.split(linear(x, p['qkv']), 3, axis=-1)
+    size = x.shape[1] // n_head
+    out = np.zeros_like(x)
+    for head in range(n_head):
+      cols = slice(head * size, (head + 1) * size)
+      for t in range(len(x)):
+        scores = k[: t + 1, cols] @ q[t, cols] / np.sqrt(size)
+        weights = np.exp(scores - scores.max())
+        out[t, cols] = weights / weights.sum() @ v[: t + 1, cols]
+    return linear(out, p['out'])
+
+  def mlp(x, p):
+    h = linear(x, p['up'])
+    h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+    return linear(h, p['down'])
+
+  x = np.stack([p['wte']['embedding'][token] for token in tokens])
+  x = x + p['wpe']['embedding'][: len(tokens)]
+  for layer in range(len(p['blocks']['ln_1']['scale'])):
+    block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], p['blocks'])
+    x = x + attention(norm(x, block['ln_1']), block['attn'])
+    x = x + mlp(norm(x, block['ln_2']), block['mlp'])
+  return norm(x, p['ln_f']) @ p['wte']['embedding'].T
+
+
+def test_equals_a_numpy_forward_pass(params, batch):
+  tokens = batch['tokens'][:, :-1]
+  logits = logits_of(params, tokens, CFG)
+  expected = np.stack([numpy_logits(params, row, CFG.n_head) for row in tokens])
+  assert np.abs(expected).max() > 1  # the comparison below would be empty on a near-zero output
+  np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def test_token_losses_are_cross_entropy_of_the_next_token(params, batch):
+  losses = losses_of(params, batch, CFG)
+  logits = np.asarray(logits_of(params, batch['tokens'][:, :-1], CFG), np.float64)
+  log_z = np.log(np.exp(logits).sum(-1))
+  picked = np.take_along_axis(logits, batch['tokens'][:, 1:, None], -1)[..., 0]
+  np.testing.assert_allclose(losses, log_z - picked, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('changes', [{'scan': False}, {'remat': True}])
+def test_scan_unrolled_and_remat_agree_in_values_and_gradients(params, batch, changes):
+  value, grads = grads_of(params, batch, CFG)
+  other_value, other_grads = grads_of(params, batch, replace(**changes))
+  np.testing.assert_allclose(value, other_value, rtol=1e-6)
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), grads, other_grads)
+
+
+def test_a_token_never_changes_earlier_logits(params, batch):
+  tokens = batch['tokens'][:, :-1]
+  before = np.asarray(logits_of(params, tokens, CFG))
+  for t in range(LENGTH):
+    changed = tokens.copy()
+    changed[:, t] = (changed[:, t] + 1) % CFG.vocab_size
+    after = np.asarray(logits_of(params, changed, CFG))
+    np.testing.assert_array_equal(after[:, :t], before[:, :t])
+    assert np.all(np.any(after[:, t] != before[:, t], axis=-1))
+
+
+def test_positions_matter_and_short_rows_are_a_prefix(params, batch):
+  tokens = batch['tokens'][:, :-1]
+  full = logits_of(params, tokens, CFG)
+  np.testing.assert_allclose(logits_of(params, tokens[:, :4], CFG), full[:, :4], rtol=1e-4, atol=1e-5)
+  repeated = np.full((1, 4), 5, np.int32)
+  logits = np.asarray(logits_of(params, repeated, CFG))[0]
+  assert not np.allclose(logits[0], logits[1])
+
+
+def test_too_many_tokens_are_an_error(params):
+  with pytest.raises(ValueError, match=r'13 tokens .* 12'):
+    gpt2.apply(params, np.zeros((1, 13), np.int32), CFG)
+
+
+def test_the_token_table_is_also_the_output_layer(params, batch):
+  # Token 0 is never read or predicted, so only the output layer can move its row.
+  tokens = np.maximum(batch['tokens'], 1)
+  _, grads = grads_of(params, {'tokens': tokens}, CFG)
+  assert np.any(np.asarray(grads['wte']['embedding'][0]) != 0)
+  scaled = jax.tree.map(lambda leaf: leaf, params)
+  scaled['wte'] = {'embedding': params['wte']['embedding'].at[0].multiply(2.0)}
+  logits = logits_of(params, tokens[:, :-1], CFG)
+  other = logits_of(scaled, tokens[:, :-1], CFG)
+  np.testing.assert_allclose(other[..., 0], 2 * logits[..., 0], rtol=1e-5)
+  np.testing.assert_array_equal(other[..., 1:], logits[..., 1:])
+
+
+def test_batched_losses_agree_with_the_definition(params, batch):
+  losses = losses_of(params, batch, CFG)
+  base = batch['base']
+  expected = (losses * base).sum(1) / base.sum(1)
+  by_definition = definitions_of(params, batch, CFG)
+  np.testing.assert_allclose(by_definition, expected, rtol=1e-5)
+
+
+def test_an_example_without_valid_targets_has_loss_zero(params, batch):
+  example = {'tokens': batch['tokens'][0], 'base': np.zeros(LENGTH, np.float32)}
+  loss, grads = jax.jit(jax.value_and_grad(partial(gpt2.example_loss, cfg=CFG)))(params, example)
+  assert loss == 0
+  assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+def test_the_definition_has_forward_derivatives(params, batch):
+  # One jvp must equal the inner product with the reverse-mode gradient.
+  example = jax.tree.map(lambda leaf: leaf[0], batch)
+  loss = partial(gpt2.example_loss, example=example, cfg=CFG)
+  direction = jax.tree.map(jnp.ones_like, params)
+  forward = jax.jit(lambda p: jax.jvp(loss, (p,), (direction,))[1])(params)
+  reverse = sum(leaf.sum() for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
+  np.testing.assert_allclose(forward, reverse, rtol=1e-4)
+
+
+def test_bfloat16_compute_keeps_float32_losses_and_gradients(batch):
+  fresh = fresh_params(CFG)
+  cfg = replace(dtype='bfloat16')
+  losses = losses_of(fresh, batch, cfg)
+  assert losses.dtype == jnp.float32
+  assert len(np.unique(np.asarray(losses))) > 0.9 * losses.size  # 16-bit losses would tie
+  np.testing.assert_allclose(losses, losses_of(fresh, batch, CFG), atol=0.02)
+  _, grads = grads_of(fresh, batch, cfg)
+  assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype('float32')}
+
+
+def test_bfloat16_matmuls_really_are_16_bit(batch):
+  shapes = jax.eval_shape(partial(gpt2.init, cfg=CFG), jax.random.key(0))
+  text = str(jax.make_jaxpr(partial(gpt2.token_losses, cfg=replace(dtype='bfloat16')))(shapes, batch))
+  products = [line for line in text.splitlines() if 'dot_general' in line]
+  assert len(products) >= 7
+  assert not [line for line in products if line.strip().split(' ')[0].endswith('[float32]')]
+
+
+# Dropout ----------------------------------------------------------------------------------------
+
+
+def test_dropout_follows_the_row_not_the_batch(params, batch):
+  cfg = replace(dropout=0.3)
+  keys = gpt2.dropout_keys(jax.random.key(7), 3, np.arange(ROWS))
+  rows = {'tokens': batch['tokens'], 'dropout_key': keys}
+  losses = losses_of(params, rows, cfg)
+  order = np.array([5, 2, 7, 0])
+  subset = jax.tree.map(lambda leaf: leaf[order], rows)
+  np.testing.assert_allclose(losses_of(params, subset, cfg), losses[order], rtol=1e-4)
+  later = gpt2.dropout_keys(jax.random.key(7), 4, np.arange(ROWS))
+  assert not np.allclose(losses_of(params, {**rows, 'dropout_key': later}, cfg), losses)
+
+
+def test_dropout_in_the_batched_losses_is_that_of_the_definition(params, batch):
+  cfg = replace(dropout=0.3)
+  keys = gpt2.dropout_keys(jax.random.key(7), 3, np.arange(ROWS))
+  rows = {'tokens': batch['tokens'], 'base': np.ones_like(batch['base']), 'dropout_key': keys}
+  by_definition = definitions_of(params, rows, cfg)
+  np.testing.assert_allclose(by_definition, losses_of(params, rows, cfg).mean(1), rtol=1e-5)
+
+
+def test_dropout_without_keys_is_an_error(params, batch):
+  with pytest.raises(KeyError, match='dropout_key'):
+    gpt2.token_losses(params, batch, replace(dropout=0.1))
+
+
+def test_dropout_keeps_the_mean():
+  x = jnp.ones((4, 50, 40))
+  dropped = gpt2._dropout(x, jax.random.split(jax.random.key(0), 4), 0, 0.25)
+  assert np.unique(dropped).tolist() == pytest.approx([0, 4 / 3])
+  np.testing.assert_allclose(dropped.mean(), 1.0, atol=0.03)
+  assert not np.array_equal(dropped[0], dropped[1])
+
+
+# Meshes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('sizes', [(8, 1), (2, 4)])
+def test_a_mesh_equals_one_device(params, batch, sizes):
+  expected_value, expected_grads = grads_of(params, batch, CFG)
+  mesh = make_mesh(*sizes)
+  loss = jax.value_and_grad(partial(mean_loss, cfg=CFG, mesh=mesh))
+  layout = tree_shardings(params, mesh, gpt2.SHARDING_RULES)
+  placed = jax.device_put(params, layout)
+  rows = jax.device_put(batch, batch_sharding(mesh))
+  value, grads = jax.jit(loss, out_shardings=(None, layout))(placed, rows)
+  np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), grads, expected_grads)
+  kernel = grads['blocks']['mlp']['up']['kernel']
+  assert kernel.addressable_shards[0].data.shape == (2, 16, 64 // sizes[1])
+
+
+# Config -----------------------------------------------------------------------------------------
+
+
+def model_config(**changes):
+  defaults = dict(
+    n_layer=2, n_head=4, n_embd=96, max_len=0, vocab_size=0, dtype='float32', scan=True,
+    remat=False, attention='auto', dropout=0.0,
+  )  # fmt: skip
+  return SimpleNamespace(**{**defaults, **changes})
+
+
+def test_from_config_fills_in_the_tokenizer_and_the_data():
+  made = gpt2.GPT2Config.from_config(model_config(), vocab_size=257, seq_len=128)
+  assert made == gpt2.PRESETS['tiny']
+
+
+@pytest.mark.parametrize(
+  ('changes', 'words'),
+  [
+    ({'max_len': 64}, ('data.seq_len=128', 'model.max_len=64', 'at least 128')),
+    ({'vocab_size': 256}, ('model.vocab_size=256', '257 tokens')),
+    ({'n_embd': 97}, ('model.n_embd=97', 'model.n_head=4')),
+    ({'dtype': 'float16'}, ("model.dtype='float16'", "'bfloat16'")),
+    ({'attention': 'flash'}, ("model.attention='flash'", "'cudnn'")),
+  ],
+)
+def test_from_config_explains_what_does_not_fit(changes, words):
+  with pytest.raises(UserError) as error:
+    gpt2.GPT2Config.from_config(model_config(**changes), vocab_size=257, seq_len=128)
+  message = str(error.value)
+  assert '\n' not in message
+  for word in words:
+    assert word in message

@@ -1,0 +1,162 @@
+"""kill -9 at any moment: the run continues and ends as if nothing had happened, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from experiments import files, metrics
+from tests.experiments import small
+
+STEPS = 40
+
+
+@pytest.fixture(scope='module')
+def setup(tmp_path_factory):
+  """(folder of text, environment of the programs, a directory for runs)."""
+  base = tmp_path_factory.mktemp('kill')
+  environment = {
+    **os.environ,
+    'JAX_NUM_CPU_DEVICES': '1',
+    'JAXRW_DATA': str(base / 'prepared'),
+    'JAX_COMPILATION_CACHE_DIR': str(base / 'compiled'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
+  return small.write_corpus(base / 'corpus'), environment, base
+
+
+def start(setup, workdir: Path, *, processes: int = 1) -> list[subprocess.Popen]:
+  """Starts the program, as one process or as several on this machine."""
+  corpus, environment, _ = setup
+  command = [
+    *(sys.executable, '-m', 'experiments.main', f'--config=configs/lm.py:path={corpus},quick'),
+    *(f'--workdir={workdir}', f'--config.total_steps={STEPS}', '--config.checkpoint.every=5'),
+    *('--config.eval.every=20', '--noconfig.log.tensorboard'),
+  ]
+  if processes == 1:
+    members = [[]]
+  else:
+    with socket.socket() as free:
+      free.bind(('127.0.0.1', 0))
+      port = free.getsockname()[1]
+    members = [
+      [f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}', f'--process_id={i}']
+      for i in range(processes)
+    ]
+  return [
+    subprocess.Popen(
+      [*command, *member], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    for member in members
+  ]
+
+
+def finish(running: list[subprocess.Popen]) -> None:
+  for process in running:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output.decode()[-3000:]
+
+
+def kill(running: list[subprocess.Popen]) -> None:
+  for process in running:
+    process.send_signal(signal.SIGKILL)
+  for process in running:
+    process.communicate(timeout=60)
+
+
+def wait_until(condition, running: list[subprocess.Popen]) -> bool:
+  """True when the condition held while the program ran; False when it ended first."""
+  while all(process.poll() is None for process in running):
+    if condition():
+      return True
+    time.sleep(0.002)
+  return False
+
+
+def steps_done(workdir: Path) -> int:
+  path = workdir / 'metrics.jsonl'
+  return path.read_bytes().count(b'"kind": "train"') if path.exists() else 0
+
+
+def a_save_is_under_way(workdir: Path) -> bool:
+  """Orbax writes into a folder with a temporary name, or the seal is not there yet."""
+  folders = [p for p in (workdir / 'checkpoints').glob('*') if p.is_dir()]
+  return any(not p.name.isdigit() or not (p / 'sha256.json').exists() for p in folders)
+
+
+def outcome(workdir: Path) -> tuple:
+  """Everything of a finished run that must not depend on kills."""
+  records = [
+    {k: v for k, v in record.items() if k != 'wall'}
+    for record in metrics.read_jsonl(workdir / 'metrics.jsonl')
+  ]
+  checkpoint = workdir / 'checkpoints' / str(STEPS)
+  state = ocp.load_checkpointables(checkpoint)['state']
+  final = files.read_json(workdir / 'result.json')['final']
+  return records, metrics.read_jsonl(workdir / 'examples.jsonl'), final, state
+
+
+def assert_same(workdir: Path, reference: tuple) -> None:
+  records, examples, final, state = outcome(workdir)
+  assert records == reference[0]
+  assert examples == reference[1]
+  assert final == reference[2]
+  import jax
+
+  jax.tree.map(np.testing.assert_array_equal, state, reference[3])
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(setup):
+  workdir = setup[2] / 'uninterrupted'
+  finish(start(setup, workdir))
+  return outcome(workdir)
+
+
+def test_killed_while_a_checkpoint_is_written(setup, uninterrupted):
+  workdir = setup[2] / 'during_save'
+  running = start(setup, workdir)
+  assert wait_until(lambda: steps_done(workdir) > 12 and a_save_is_under_way(workdir), running)
+  kill(running)
+  assert not (workdir / 'result.json').exists()
+  finish(start(setup, workdir))
+  assert_same(workdir, uninterrupted)
+
+
+@pytest.mark.slow
+def test_killed_at_five_random_moments(setup, uninterrupted):
+  workdir, rng = setup[2] / 'five_kills', random.Random(7)
+  for moment in sorted(rng.sample(range(1, STEPS - 2), 5)):
+    running = start(setup, workdir)
+    assert wait_until(lambda: steps_done(workdir) >= moment, running), f'ended before {moment}'  # noqa: B023
+    time.sleep(rng.random() * 0.02)
+    kill(running)
+  assert not (workdir / 'result.json').exists()
+  finish(start(setup, workdir))
+  assert_same(workdir, uninterrupted)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_resumed(setup, uninterrupted):
+  """Two hosts with one device each: killed once, they end bit-identically to two hosts never killed."""
+  undisturbed, disturbed = setup[2] / 'two_hosts', setup[2] / 'two_hosts_killed'
+  finish(start(setup, undisturbed, processes=2))
+  reference = outcome(undisturbed)
+  running = start(setup, disturbed, processes=2)
+  assert wait_until(lambda: steps_done(disturbed) >= 17, running)
+  kill(running)
+  finish(start(setup, disturbed, processes=2))
+  assert_same(disturbed, reference)
+  # And one host reads the same examples as two.
+  ids = lambda examples: [e['example_id'] for e in examples]
+  assert ids(reference[1]) == ids(uninterrupted[1])
