@@ -261,6 +261,8 @@ def define_flags() -> None:
 
 
 def main(_: list[str]) -> None:
+  from experiments import report  # here, so that a missing library is known before training
+
   plan = make_plan(
     FLAGS.config, FLAGS.weightings, FLAGS.lrs, FLAGS.seeds, FLAGS.metric, FLAGS.workdir
   )
@@ -268,9 +270,6 @@ def main(_: list[str]) -> None:
   board = compare(plan)
   files.write_json(plan.folder / 'compare.json', record(board))
   print(board_text(board), flush=True)
-
-  from experiments import report
-
   page = report.write(board, plan.folder)
   print(f'\nreport: {page}')
 

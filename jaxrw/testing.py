@@ -197,21 +197,20 @@ def mesh_parity(subject: Subject) -> None:
   devices = np.asarray(jax.devices())
   if _ROWS % devices.size:
     devices = devices[:1]
+
+  def weigh(batches):  # both ranks in one program: half the time to compile
+    return [subject.apply(*batch)[0] for batch in batches]
+
+  alone = weigh(jax.tree.map(jnp.asarray, _both_ranks()))
   for axis_type in (AxisType.Auto, AxisType.Explicit):
     mesh = Mesh(devices, ('data',), axis_types=(axis_type,))
-    for losses, base, weights in _both_ranks():
-      alone, _ = subject.apply(jnp.asarray(losses), jnp.asarray(base), jnp.asarray(weights))
-      sharding = NamedSharding(mesh, PartitionSpec('data'))
-      parts = [jax.device_put(x, sharding) for x in (losses, base, weights)]
-      with jax.set_mesh(mesh):
-        together = jax.jit(lambda l, b, w: subject.apply(l, b, w)[0])(*parts)
-      np.testing.assert_allclose(
-        np.asarray(together), np.asarray(alone), rtol=subject.rtol, err_msg=f'{axis_type}'
-      )
+    sharding = NamedSharding(mesh, PartitionSpec('data'))
+    with jax.set_mesh(mesh):
+      together = jax.jit(weigh)(jax.device_put(_both_ranks(), sharding))
+    for out, expected in zip(together, alone):
+      np.testing.assert_allclose(out, expected, rtol=subject.rtol, err_msg=f'{axis_type}')
       if axis_type == AxisType.Explicit:
-        assert together.sharding.spec[0] == 'data', (
-          f'weights left {sharding} for {together.sharding}'
-        )
+        assert out.sharding.spec[0] == 'data', f'weights left {sharding} for {out.sharding}'
 
 
 def bfloat16_losses(subject: Subject) -> None:
@@ -258,16 +257,22 @@ def trains(subject: Subject) -> None:
   }
   batch |= subject.extra_signals({'losses': batch['y'], **batch})
   loss = lambda w, example: (example['x'] @ w - example['y']) ** 2
-  for microbatches, scope in ((1, 'global'), (4, 'global'), (4, 'microbatch')):
-    tx = optax.sgd(0.05)
-    step = jax.jit(
-      make_train_step(loss, tx, subject.weighting, microbatches=microbatches, scope=scope)
-    )
-    state = TrainState.create(jnp.zeros(3), tx, subject.weighting)
-    for _ in range(2):
-      state, metrics = step(state, batch)
-    assert np.isfinite(metrics['weighted_loss_sum']), f'{scope}, {microbatches} microbatches'
-    assert np.all(np.isfinite(state.params))
+  modes = ((1, 'global'), (4, 'global'), (4, 'microbatch'))
+  tx = optax.sgd(0.05)
+  steps = [
+    make_train_step(loss, tx, subject.weighting, microbatches=m, scope=scope) for m, scope in modes
+  ]
+  compiled = jax.jit(  # in one program: a third less time to compile
+    lambda states, batch: [step(state, batch) for step, state in zip(steps, states)]
+  )
+  states = [TrainState.create(jnp.zeros(3), tx, subject.weighting) for _ in modes]
+  for _ in range(2):
+    results = compiled(states, batch)
+    states = [state for state, _ in results]
+  for (microbatches, scope), (state, metrics) in zip(modes, results):
+    where = f'{scope} scope, {microbatches} microbatches'
+    assert np.isfinite(metrics['weighted_loss_sum']), where
+    assert np.all(np.isfinite(state.params)), where
 
 
 PROMISES: dict[str, Callable[[Subject], None]] = {

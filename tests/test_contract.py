@@ -14,6 +14,7 @@ CASES = {
   'linupper': jaxrw.linupper(0.4),
   'linupper_schedule': jaxrw.linupper(SCHEDULE),
   'linupper_sharp': jaxrw.linupper(1e-3),
+  'linupper_mask': jaxrw.linupper(0.4, nonfinite='mask'),
   'quadratic': jaxrw.quadratic(0.4),
   'quadratic_sharp': jaxrw.quadratic(1e-3),
   'extremes': jaxrw.extremes(0.4),
@@ -36,7 +37,13 @@ def _claims(name):
   declaration = getattr(factory, 'declaration', None)
   level = 'entry' if name in ENTRY_LEVEL else getattr(declaration, 'level', 'example')
   rtol = 1e-2 if name.endswith('sharp') else 2e-5
-  return {'level': level, 'equivariant': name != 'row_shuffled', 'rtol': rtol}
+  nonfinite = 'mask' if name.endswith('mask') else 'propagate'
+  return {
+    'level': level,
+    'equivariant': name != 'row_shuffled',
+    'rtol': rtol,
+    'nonfinite': nonfinite,
+  }
 
 
 @pytest.mark.parametrize('promise', testing.PROMISES)
@@ -81,6 +88,7 @@ def test_every_public_name_is_a_weighting_its_plain_function_or_a_schedule():
     ('bfloat16_losses', lambda w, losses, base: w.astype(losses.dtype)),
     ('degenerate_batches', lambda w, losses, base: w * losses / losses),
     ('degenerate_batches', lambda w, losses, base: jnp.nan_to_num(w * 0 * losses)),
+    ('degenerate_batches', lambda w, losses, base: jnp.where(jnp.isfinite(losses), w, 0)),
     ('mesh_parity', lambda w, losses, base: w * jnp.sort(w, axis=0)),
   ],
 )  # fmt: skip

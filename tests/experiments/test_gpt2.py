@@ -61,6 +61,11 @@ def definitions_of(params, batch, cfg):
   return jax.vmap(partial(gpt2.example_loss, cfg=cfg), in_axes=(None, 0))(params, batch)
 
 
+@jax.jit
+def example_grads_of(params, example):
+  return jax.value_and_grad(gpt2.example_loss)(params, example, CFG)
+
+
 def fresh_params(cfg):
   return jax.jit(partial(gpt2.init, cfg=cfg))(jax.random.key(0))
 
@@ -228,7 +233,7 @@ def test_batched_losses_agree_with_the_definition(params, batch):
 
 def test_an_example_without_valid_targets_has_loss_zero(params, batch):
   example = {'tokens': batch['tokens'][0], 'base': np.zeros(LENGTH, np.float32)}
-  loss, grads = jax.jit(jax.value_and_grad(partial(gpt2.example_loss, cfg=CFG)))(params, example)
+  loss, grads = example_grads_of(params, example)
   assert loss == 0
   assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
 
@@ -239,7 +244,8 @@ def test_the_definition_has_forward_derivatives(params, batch):
   loss = partial(gpt2.example_loss, example=example, cfg=CFG)
   direction = jax.tree.map(jnp.ones_like, params)
   forward = jax.jit(lambda p: jax.jvp(loss, (p,), (direction,))[1])(params)
-  reverse = sum(leaf.sum() for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
+  _, grads = example_grads_of(params, example)
+  reverse = sum(leaf.sum() for leaf in jax.tree.leaves(grads))
   np.testing.assert_allclose(forward, reverse, rtol=1e-4)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from configs import common
 from experiments import board as board_lib
-from experiments import compare, files, movers, plots, report
+from experiments import compare, files, movers, plots, report, report_documents
 from experiments.errors import UserError
 from tests.experiments.fake_runs import FakeTrain, write_jsonl
 
@@ -131,7 +131,7 @@ def test_works_without_optional_files(tmp_path, missing):
 def test_works_without_the_prepared_text(tmp_path, monkeypatch):
   monkeypatch.setenv('JAXRW_DATA', str(tmp_path / 'nothing'))
   make_board(tmp_path, lrs='3e-3', seeds=1)
-  text = text_of(board_lib.load_board([tmp_path]), report.DocumentFinder())
+  text = text_of(board_lib.load_board([tmp_path]), report_documents.DocumentFinder())
   assert re.search(r'example \d+', text)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments import evaluate, report, sample
+from experiments import evaluate, report_documents, sample
 from experiments.errors import UserError
 from tests.experiments import small
 
@@ -136,9 +136,9 @@ def test_a_run_writes_the_same_text_for_the_same_seed(finished):
 
 def test_the_report_finds_the_text_that_a_run_was_trained_on(finished):
   config, _, result = finished
-  corpus = report.find_corpus(result['corpus']['fingerprint'], config.data.root)
+  corpus = report_documents.find_corpus(result['corpus']['fingerprint'], config.data.root)
   assert corpus.describe(0)['domain'] == 'easy'
-  assert report.find_corpus('another', config.data.root) is None
+  assert report_documents.find_corpus('another', config.data.root) is None
 
 
 def test_summary_table_has_a_row_for_every_domain():
