@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 
-
 class Collective(NamedTuple):
   """One communication instruction.
 
@@ -70,10 +69,10 @@ def extra_collectives(base: Costs, other: Costs) -> tuple[Collective, ...]:
 
 def format_costs(value: Costs) -> str:
   """A few aligned lines for people."""
+  arguments, outputs, temporary = (_si(size, 'B') for size in value[2:])
   lines = [
     f'matmul     {_si(value.matmul_flops, "FLOP")} per device',
-    f'memory     {_si(value.argument_bytes, "B")} arguments, {_si(value.output_bytes, "B")} outputs, '
-    f'{_si(value.temp_bytes, "B")} temporary',
+    f'memory     {arguments} arguments, {outputs} outputs, {temporary} temporary',
   ]
   totals: dict[str, list[int]] = {}
   for c in value.collectives:
@@ -179,7 +178,9 @@ def _convolution_flops(instruction: _Instruction, scope: dict[str, _Instruction]
 
 
 # Library calls that never multiply matrices have names without any of these words.
-_SUSPECT = re.compile(r'gemm|mat_?mul|dot|conv|fmha|attention|einsum|tpu_custom|triton|mosaic', re.I)
+_SUSPECT = re.compile(
+  r'gemm|mat_?mul|dot|conv|fmha|attention|einsum|tpu_custom|triton|mosaic', re.I
+)
 
 
 def _library_flops(instruction: _Instruction, scope: dict[str, _Instruction]) -> int:

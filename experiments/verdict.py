@@ -87,8 +87,8 @@ def domain_sentence(board: Board, arm: Arm) -> str:
   if losses:
     parts.append('loses in ' + ', '.join(f'{d} ({m:+.3f})' for m, d in sorted(losses)[::-1]))
   if open_:
-    parts.append(f'no distinguishable change in {count(open_, "domain")}')
-  return f'By domain it {"; ".join(parts)}.' if parts else ''
+    parts.append(f'cannot be told apart in {count(open_, "domain")}')
+  return f'By domain it {"; it ".join(parts)}.' if parts else ''
 
 
 def tier_sentence(board: Board) -> str:

@@ -3,8 +3,8 @@
 Domains (each left out where the installation has too little of it):
   code      sources of the standard library
   tests     test sources of Python; where a distribution strips them, NumPy's
-  docs      the language reference behind `help()`, and the descriptions of installed packages
-  licenses  licence texts of Python and of installed packages, with their natural repetitions
+  docs      the language reference behind `help()`, and the descriptions of our dependencies
+  licenses  licence texts of Python and of our dependencies, with their natural repetitions
   tables    codec tables and the names of the Unicode characters
   headers   C headers of Python and NumPy
 
@@ -27,6 +27,27 @@ from experiments.data.text import pieces, unit_hash
 
 MAX_BYTES = 1_500_000  # of each domain
 MIN_BYTES = 100_000  # a smaller domain is left out
+# Not all that is installed: the corpus of a run must survive `pip install` of something else.
+PACKAGES = (
+  'absl_py',
+  'array_record',
+  'chex',
+  'flax',
+  'grain',
+  'jax',
+  'jaxlib',
+  'matplotlib',
+  'ml_collections',
+  'numpy',
+  'optax',
+  'orbax_checkpoint',
+  'scipy',
+  'tensorboardx',
+  'tensorflow_datasets',
+  'tensorstore',
+  'tokenizers',
+  'tqdm',
+)
 DOMAINS = ('code', 'tests', 'docs', 'licenses', 'tables', 'headers')
 
 _NOT_CODE = (
@@ -74,7 +95,7 @@ def _tests() -> dict[str, Path | str]:
   found = {f'python/test/{path}': root / path for path in _files(root, '.py')}
   if sum(path.stat().st_size for path in found.values()) >= MIN_BYTES:
     return found
-  root = Path(np.__file__).parent
+  root = _numpy()
   return {f'numpy/{path}': root / path for path in _files(root, '.py') if 'tests' in path.parts}
 
 
@@ -106,7 +127,7 @@ def _tables() -> dict[str, Path | str]:
 
 
 def _headers() -> dict[str, Path | str]:
-  roots = {'python': Path(sysconfig.get_path('include')), 'numpy': Path(np.__file__).parent}
+  roots = {'python': Path(sysconfig.get_path('include')), 'numpy': _numpy()}
   return {
     f'{label}/{path}': root / path for label, root in roots.items() for path in _files(root, '.h')
   }
@@ -139,15 +160,16 @@ def _stdlib() -> Path:
 
 
 def _distributions() -> list[Path]:
-  """Metadata folders of installed packages; not our own, lest the corpus change with every edit."""
-  roots = {sysconfig.get_path('purelib'), sysconfig.get_path('platlib')}
-  roots.add(str(Path(np.__file__).parent.parent))
-  found = {path.name: path for root in sorted(roots) for path in Path(root).glob('*.dist-info')}
-  return [
-    path
-    for name, path in sorted(found.items())
-    if not name.startswith('jaxrw-') and (path / 'METADATA').is_file()
-  ]
+  """Metadata folders of `PACKAGES`, which are there wherever the experiments run."""
+  found = {}
+  for root in {sysconfig.get_path('purelib'), sysconfig.get_path('platlib'), _numpy().parent}:
+    for path in Path(root).glob('*.dist-info'):
+      found[path.name.partition('-')[0].lower()] = path
+  return [found[name] for name in PACKAGES if name in found]
+
+
+def _numpy() -> Path:
+  return Path(np.__file__).parent
 
 
 def _files(root: Path, suffix: str = '', skip: Collection[str] = ()) -> Iterator[Path]:

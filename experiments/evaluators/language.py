@@ -17,9 +17,7 @@ Batch = dict[str, Any]
 EvalStep = Callable[[Any, Batch], jax.Array]
 
 
-def make_eval_step(
-  token_losses: Callable[[Any, Batch], jax.Array], num_domains: int
-) -> EvalStep:
+def make_eval_step(token_losses: Callable[[Any, Batch], jax.Array], num_domains: int) -> EvalStep:
   """Builds `(params, batch) -> f32[G, 3]`: nats, targets and bytes of each domain in the batch.
 
   Pure; the caller jits it. Rows and positions with base 0 count nowhere, whatever they hold.
@@ -49,7 +47,10 @@ def evaluate(
   to_global: Callable[[Batch], Batch],
   domains: Sequence[str],
 ) -> dict[str, Any]:
-  """Runs the (jitted) eval step over host batches and summarizes; see `summarize` for the result."""
+  """Runs the jitted eval step over host batches; returns what `summarize` does.
+
+  With several processes the step's output must be replicated, and all pass as many batches.
+  """
   totals = np.zeros((len(domains), 3), np.float64)
   pending = None
   for batch in batches:

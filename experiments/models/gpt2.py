@@ -121,6 +121,16 @@ PRESETS = {
 # Modules --------------------------------------------------------------------------------------
 
 
+class LayerNorm(nnx.LayerNorm):
+  """Statistics, scale and bias in float32, output in the dtype of the input, [..., D]."""
+
+  def __init__(self, cfg: GPT2Config, *, rngs: nnx.Rngs):
+    super().__init__(cfg.n_embd, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
+
+  def __call__(self, x):
+    return super().__call__(x).astype(x.dtype)
+
+
 class Attention(nnx.Module):
   """Causal multi-head self-attention, [B, T, D] -> [B, T, D]."""
 
@@ -155,8 +165,8 @@ class Block(nnx.Module):
   """Pre-norm transformer block, [B, T, D] -> [B, T, D] in the dtype of its input."""
 
   def __init__(self, cfg: GPT2Config, *, rngs: nnx.Rngs):
-    self.ln_1, self.attn = _layer_norm(cfg, rngs), Attention(cfg, rngs=rngs)
-    self.ln_2, self.mlp = _layer_norm(cfg, rngs), MLP(cfg, rngs=rngs)
+    self.ln_1, self.attn = LayerNorm(cfg, rngs=rngs), Attention(cfg, rngs=rngs)
+    self.ln_2, self.mlp = LayerNorm(cfg, rngs=rngs), MLP(cfg, rngs=rngs)
     self.dropout = cfg.dropout
 
   def __call__(self, x, key=None):
@@ -170,7 +180,7 @@ class Ends(nnx.Module):
   def __init__(self, cfg: GPT2Config, *, rngs: nnx.Rngs):
     self.wte = nnx.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=_normal(), rngs=rngs)
     self.wpe = nnx.Embed(cfg.max_len, cfg.n_embd, embedding_init=_normal(), rngs=rngs)
-    self.ln_f = _layer_norm(cfg, rngs)
+    self.ln_f = LayerNorm(cfg, rngs=rngs)
     self.dtype = jnp.dtype(cfg.dtype)
 
   def embed(self, tokens):
@@ -193,21 +203,8 @@ def _residual_scale(cfg: GPT2Config) -> float:
   return (2 * cfg.n_layer) ** -0.5
 
 
-class _LayerNorm(nnx.LayerNorm):
-  """Statistics and affine part in float32, output in the dtype of the input."""
-
-  def __call__(self, x, *, mask=None):
-    return super().__call__(x, mask=mask).astype(x.dtype)
-
-
-def _layer_norm(cfg: GPT2Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
-  return _LayerNorm(
-    cfg.n_embd, epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, rngs=rngs
-  )
-
-
 def _dropout(x, key, site: int, rate: float):
-  """Inverted dropout on [B, T, D] with one key a row: a row's noise does not depend on the batch."""
+  """Inverted dropout on [B, T, D], one key a row: noise does not depend on the other rows."""
   if key is None or rate == 0.0:
     return x
   draw = lambda k: jax.random.bernoulli(jax.random.fold_in(k, site), 1 - rate, x.shape[1:])
@@ -218,7 +215,9 @@ def _attention_kernel(implementation: str, q) -> str:
   if implementation != 'auto':
     return implementation
   fits = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-  return 'cudnn' if fits and jax.default_backend() == 'gpu' else 'xla'
+  # '9.0' on an H100; AMD devices say 'gfx...', CPUs and TPUs nothing.
+  capability = str(getattr(jax.devices()[0], 'compute_capability', '')).split('.')[0]
+  return 'cudnn' if fits and capability.isdigit() and int(capability) >= 8 else 'xla'
 
 
 # Pure functions -------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 At every step the losses of the current batch become weights, without gradient through them:
 
-  h_i = 2 (l_i - mid) / (max - min)          in [-1, 1], mid = (max + min) / 2
-  w_i = exp(f(h_i) / r) / Z                  Z such that sum(base * w) = sum(base)
+  h_i = ((l_i - min) - (max - l_i)) / (max - min)    in [-1, 1]
+  w_i = exp(f(h_i) / r) / Z                          Z such that sum(base * w) = sum(base)
 
   | name      | f(h)          | effect                                                     |
   |-----------|---------------|------------------------------------------------------------|
@@ -207,7 +207,8 @@ def _from_range(
   example_losses, valid, base, weights = _prepare(losses, base, weights, nonfinite)
   low, high = masked.min_max(example_losses, valid)
   spread = jnp.maximum(high - low, _SMALLEST_RANGE)
-  h = 2 * (example_losses - (low + (high - low) / 2)) / spread
+  # Differences of close floats are exact, a mid-range of close floats is not.
+  h = ((example_losses - low) - (high - example_losses)) / spread
   scores = score(h, (high - low) / spread)
   return _tilt(scores, temperature, valid, base, weights, shift)
 

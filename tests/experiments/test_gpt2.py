@@ -199,7 +199,9 @@ def test_a_token_never_changes_earlier_logits(params, batch):
 def test_positions_matter_and_short_rows_are_a_prefix(params, batch):
   tokens = batch['tokens'][:, :-1]
   full = logits_of(params, tokens, CFG)
-  np.testing.assert_allclose(logits_of(params, tokens[:, :4], CFG), full[:, :4], rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(
+    logits_of(params, tokens[:, :4], CFG), full[:, :4], rtol=1e-4, atol=1e-5
+  )
   repeated = np.full((1, 4), 5, np.int32)
   logits = np.asarray(logits_of(params, repeated, CFG))[0]
   assert not np.allclose(logits[0], logits[1])
@@ -262,10 +264,34 @@ def test_bfloat16_compute_keeps_float32_losses_and_gradients(batch):
 
 def test_bfloat16_matmuls_really_are_16_bit(batch):
   shapes = jax.eval_shape(partial(gpt2.init, cfg=CFG), jax.random.key(0))
-  text = str(jax.make_jaxpr(partial(gpt2.token_losses, cfg=replace(dtype='bfloat16')))(shapes, batch))
+  text = str(
+    jax.make_jaxpr(partial(gpt2.token_losses, cfg=replace(dtype='bfloat16')))(shapes, batch)
+  )
   products = [line for line in text.splitlines() if 'dot_general' in line]
   assert len(products) >= 7
   assert not [line for line in products if line.strip().split(' ')[0].endswith('[float32]')]
+
+
+@pytest.mark.parametrize(
+  ('capability', 'dtype', 'head', 'kernel'),
+  [
+    ('9.0', jnp.bfloat16, 64, 'cudnn'),
+    ('9.0', jnp.float32, 64, 'xla'),
+    ('9.0', jnp.bfloat16, 60, 'xla'),
+    ('9.0', jnp.bfloat16, 256, 'xla'),
+    ('7.5', jnp.bfloat16, 64, 'xla'),
+    ('gfx942', jnp.bfloat16, 64, 'xla'),
+    (None, jnp.bfloat16, 64, 'xla'),
+  ],
+)
+def test_auto_attention_picks_cudnn_only_where_it_applies(
+  monkeypatch, capability, dtype, head, kernel
+):
+  device = SimpleNamespace(compute_capability=capability) if capability else SimpleNamespace()
+  monkeypatch.setattr(jax, 'devices', lambda: [device])
+  q = jax.ShapeDtypeStruct((1, 8, 2, head), dtype)
+  assert gpt2._attention_kernel('auto', q) == kernel
+  assert gpt2._attention_kernel('xla', q) == 'xla'
 
 
 # Dropout ----------------------------------------------------------------------------------------

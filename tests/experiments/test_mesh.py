@@ -108,7 +108,9 @@ def test_optimizer_moments_are_laid_out_like_their_parameters(nonfinite):
   params_layout, opt_layout = layout
   for moment in ('mu', 'nu'):
     assert optax.tree.get(opt_layout, moment) == params_layout
-  counts = [s for s, leaf in zip(jax.tree.leaves(opt_layout), jax.tree.leaves(opt_state)) if not leaf.ndim]
+  counts = [
+    s for s, leaf in zip(jax.tree.leaves(opt_layout), jax.tree.leaves(opt_state)) if not leaf.ndim
+  ]
   assert counts
   assert all(sharding.spec == P() for sharding in counts)
 
@@ -136,7 +138,13 @@ def test_pin_rows_lays_out_activations():
 
 @pytest.mark.parametrize(
   ('batch_size', 'microbatches', 'sizes', 'processes'),
-  [(16, 1, (8, 1), 1), (16, 2, (2, 4), 1), (16, 2, (2, 4), 4), (5, 1, (1, 1), 1), (6, 1, (2, 1), 2)],
+  [
+    (16, 1, (8, 1), 1),
+    (16, 2, (2, 4), 1),
+    (16, 2, (2, 4), 4),
+    (5, 1, (1, 1), 1),
+    (6, 1, (2, 1), 2),
+  ],
 )
 def test_batches_that_fit(batch_size, microbatches, sizes, processes):
   sizes = dict(zip(mesh_lib.AXES, sizes))

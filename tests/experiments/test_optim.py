@@ -64,7 +64,9 @@ def test_constant_stays():
 def test_schedules_take_traced_steps():
   schedule = optim.make_schedule(config(), 100)
   steps = jnp.arange(100)
-  np.testing.assert_allclose(jax.vmap(schedule)(steps), [schedule(s) for s in range(100)], rtol=1e-6)
+  np.testing.assert_allclose(
+    jax.vmap(schedule)(steps), [schedule(s) for s in range(100)], rtol=1e-6
+  )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,9 @@ def test_updates_equal_a_numpy_adamw():
       m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.95 ** (step + 1))
       p = expected['a'][name]
       p -= float(schedule(step)) * (m_hat / (np.sqrt(v_hat) + 1e-8) + decay * p)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), params, expected)
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), params, expected
+    )
 
 
 def test_clip_zero_leaves_the_gradient_alone():
