@@ -43,6 +43,7 @@ def get_config(arg=''):
   config.data.update(path=switches.path, name=switches.name, tokenizer=switches.tokenizer)
   config.data.seq_len = switches.length
   config.model.update(n_layer=switches.layers, n_head=switches.heads, n_embd=switches.width)
+  config.model.scan = switches.layers > 4  # unrolled is faster, but compiles longer with depth
   config.optim.update(lr=switches.lr, warmup_steps=min(50, switches.steps // 10))
   config.w.loss.start = switches.burn_in
   common.set_weighting(config, switches.weighting)

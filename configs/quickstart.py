@@ -19,7 +19,7 @@ def get_config(arg=''):
   config.total_steps = 500  # x 16 blocks x 128 bytes = 1.02M
   config.batch_size = 16
   config.data.seq_len = 128
-  config.model.update(n_layer=2, n_head=4, n_embd=96)
+  config.model.update(n_layer=2, n_head=4, n_embd=96, scan=False)
   config.optim.update(lr=3e-3, warmup_steps=50)
   common.set_weighting(config, switches.weighting)
   return common.quick(config) if switches.quick else config

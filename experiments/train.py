@@ -86,7 +86,7 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
     lambda params, example: gpt2.example_loss(params, example, model),
     tx,
     weighting,
-    batched_loss=lambda params, batch: gpt2.token_losses(params, batch, model),
+    batched_loss=lambda params, batch: gpt2.token_losses(params, batch, model, mesh=mesh),
     microbatches=config.microbatches,
     scope=config.scope,
     example_base=config.example_base,
@@ -103,7 +103,7 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
 
   eval_model = dataclasses.replace(model, dropout=0.0)
   eval_step = language.make_eval_step(
-    lambda params, batch: gpt2.token_losses(params, batch, eval_model), len(corpus.domains)
+    lambda params, batch: gpt2.token_losses(params, batch, eval_model, mesh=mesh), len(corpus.domains)
   )
 
   shapes = jax.eval_shape(init)

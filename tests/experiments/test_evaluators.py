@@ -113,7 +113,7 @@ def test_padding_rows_count_nowhere_whatever_they_hold(params):
   filled = [jax.tree.map(np.copy, plain[0])]
   filled[0]['tokens'][-3:] = 19
   filled[0]['num_bytes'][-3:] = 1e6
-  filled[0]['domain_id'][-3:] = 2
+  filled[0]['domain_id'][-3:] = 1
   poisoned = params.copy()
   poisoned[19] = np.nan
   filled[0]['tokens'][:-3] = np.minimum(filled[0]['tokens'][:-3], 18)
