@@ -20,7 +20,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.dev
-	$(BIN)/pyrefly check
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 doctest: $(VENV)/.dev
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q --doctest-modules jaxrw

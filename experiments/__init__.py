@@ -1,1 +1,1 @@
-"""Programs: everything that touches disk, network or flags lives here. Run as `python -m experiments.X`."""
+"""Programs, run as `python -m experiments.X`. All that touches disk, network or flags is here."""

@@ -1,4 +1,4 @@
-"""The two ways a program ends that are not a bug. Programs print the message on one line and exit."""
+"""The two ways a program ends that are not a bug: one line is printed, and it exits."""
 
 
 class UserError(Exception):

@@ -103,7 +103,8 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
 
   eval_model = dataclasses.replace(model, dropout=0.0)
   eval_step = language.make_eval_step(
-    lambda params, batch: gpt2.token_losses(params, batch, eval_model, mesh=mesh), len(corpus.domains)
+    lambda params, batch: gpt2.token_losses(params, batch, eval_model, mesh=mesh),
+    len(corpus.domains),
   )
 
   shapes = jax.eval_shape(init)

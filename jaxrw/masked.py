@@ -32,16 +32,17 @@ def min_max(values: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
   """(min, max) of the valid entries of a vector; (0, 0) when there are none.
 
   Both come from one reduction, max of the pair (x, -x): one collective on a sharded vector instead
-  of two.
+  of two. A NaN among the valid entries gives (NaN, NaN) on one device; the max collective between
+  devices may drop it, so let it reach a sum as well (sums never lose one).
   """
   pair = jnp.where(valid, jnp.stack([values, -values]), -jnp.inf)
   high, negated_low = jnp.max(pair, axis=1)
-  empty = high < -negated_low  # False when a NaN is among the valid entries: NaN must propagate
+  empty = high < -negated_low  # False for NaN
   return jnp.where(empty, 0, -negated_low), jnp.where(empty, 0, high)
 
 
 def largest(values: jax.Array, valid: jax.Array) -> jax.Array:
-  """max of the valid entries; 0 when there are none."""
+  """max of the valid entries; 0 when there are none. For a NaN among them see `min_max`."""
   top = jnp.max(jnp.where(valid, values, -jnp.inf))
   return jnp.where(top == -jnp.inf, 0, top)
 

@@ -10,7 +10,7 @@ mean is.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -119,12 +119,11 @@ def make_train_step(
   if example_base not in ('any', 'tokens'):
     raise ValueError(f"example_base={example_base!r} must be 'any' or 'tokens'")
 
+  compute_losses = batched_loss or jax.vmap(cast(Callable, loss), in_axes=(None, 0))
+
   def forward(params, batch):
     """(losses, base, row signals of the forward pass) of some rows."""
-    if batched_loss is None:
-      out = jax.vmap(loss, in_axes=(None, 0))(params, batch)
-    else:
-      out = batched_loss(params, batch)
+    out = compute_losses(params, batch)
     losses, signals = out if isinstance(out, tuple) else (out, {})
     _check_losses(losses, batch)
     _check_row_signals(signals, losses.shape[0])
@@ -248,7 +247,8 @@ def base_measure(
   if v.ndim > losses.ndim:
     v = jnp.sum(v, axis=1)
   if v.shape != losses.shape:
-    raise ValueError(f'base has shape {validity.shape}, losses {losses.shape}; they must agree')
+    shape = jnp.shape(cast(jax.Array, validity))
+    raise ValueError(f'base has shape {shape}, losses {losses.shape}; they must agree')
   return v
 
 
@@ -275,7 +275,8 @@ def _check_losses(losses: jax.Array, batch: Batch) -> None:
 def _check_row_signals(signals: Mapping[str, Any], rows: int) -> None:
   if not isinstance(signals, Mapping):
     raise TypeError(
-      f'batched_loss returned {type(signals).__name__} beside the losses; expected a dict of signals'
+      f'batched_loss returned {type(signals).__name__} beside the losses; '
+      'expected a dict of signals'
     )
   for name, value in signals.items():
     if name in SIGNALS and name not in _ROW_SIGNALS.values():
@@ -308,8 +309,8 @@ def _check_step_signals(signals: Mapping[str, Any]) -> None:
   for name in signals:
     if name not in _STEP_SIGNALS:
       raise TypeError(
-        f'signal {name!r} has one row per example: pass it as a batch leaf or return it from batched_loss; '
-        f'signals= takes {", ".join(_STEP_SIGNALS)}'
+        f'signal {name!r} has one row per example: pass it as a batch leaf or return it from '
+        f'batched_loss; signals= takes {", ".join(_STEP_SIGNALS)}'
       )
 
 
@@ -332,7 +333,9 @@ def _initial_weights(weights: jax.Array | None, losses: jax.Array) -> jax.Array:
 def _gather_signals(batch: Batch, row_signals: Mapping[str, Any], step_signals: Mapping[str, Any]):
   """Signals of some rows: reserved batch leaves, what the forward pass returned, whole-step
   values."""
-  signals = {signal: batch[leaf] for leaf, signal in _ROW_SIGNALS.items() if leaf in batch}
+  signals: dict[str, Any] = {
+    signal: batch[leaf] for leaf, signal in _ROW_SIGNALS.items() if leaf in batch
+  }
   extra = dict(step_signals.get('extra', {}))
   for name, value in row_signals.items():
     if name in SIGNALS:

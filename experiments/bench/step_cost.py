@@ -1,4 +1,4 @@
-"""What a weighting costs a train step: exact counts from the compiled program, and interleaved times.
+"""What a weighting costs a train step: exact counts of the compiled program, interleaved times.
 
 Examples:
   python -m experiments.bench.step_cost --config=configs/quickstart.py
@@ -6,9 +6,9 @@ Examples:
       --weightings=uniform,linupper:0.4,kl_dro:1.0 --rounds=60 --json=cost.json
 
 Counts (matmul FLOPs, collectives, temporary memory) are those of the step on 8 devices, simulated
-where there are fewer, and repeat exactly. Times are of one device: every round runs each arm once,
-in random order, and the ratio to the first arm is taken round by round, so that a machine that slows
-down slows both. The interval is that of the mean log ratio (Student's t).
+on a CPU, and repeat exactly. Times are of one device: every round runs each arm once,
+in random order, and the ratio to the first arm is taken round by round, so that a machine that
+slows down slows both. The interval is that of the mean log ratio (Student's t).
 """
 
 from __future__ import annotations

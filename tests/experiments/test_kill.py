@@ -148,7 +148,7 @@ def test_killed_at_five_random_moments(setup, uninterrupted):
 
 @pytest.mark.slow
 def test_two_processes_killed_and_resumed(setup, uninterrupted):
-  """Two hosts with one device each: killed once, they end bit-identically to two hosts never killed."""
+  """Two hosts with a device each, killed once, end bit-identically to two hosts never killed."""
   undisturbed, disturbed = setup[2] / 'two_hosts', setup[2] / 'two_hosts_killed'
   finish(start(setup, undisturbed, processes=2))
   reference = outcome(undisturbed)

@@ -156,7 +156,7 @@ def test_init_from_another_run(finished, tmp_path):
   config.checkpoint.init_from = str(workdir)
   config.optim.lr = 1e-9
   run(config, tmp_path)
-  first = [r for r in lines(tmp_path) if r['kind'] == 'eval'][0]
+  first = next(r for r in lines(tmp_path) if r['kind'] == 'eval')
   last = [r for r in lines(workdir) if r['kind'] == 'eval'][-1]
   np.testing.assert_allclose(first['macro_bpb'], last['macro_bpb'], rtol=1e-4)
 
