@@ -171,7 +171,8 @@ def make_train_step(
       )
       return (jax.tree.map(jnp.add, grads, new), weighting), examples
 
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    wide = lambda p: jnp.zeros(p.shape, jnp.promote_types(jnp.float32, p.dtype))
+    zeros = jax.tree.map(wide, state.params)
     (grads, weighting), examples = jax.lax.scan(body, (zeros, state.weighting), rows)
     return grads, (weighting, join_rows(examples))
 
@@ -199,7 +200,7 @@ def make_train_step(
     )
     sums = jnp.sum(terms, axis=tuple(range(1, terms.ndim)))  # one collective for all three
     per_base = masked.divide(jnp.ones_like(sums[2]), sums[2])
-    grads = jax.tree.map(lambda g: g * per_base.astype(g.dtype), grads)
+    grads = jax.tree.map(lambda g, p: (g * per_base).astype(p.dtype), grads, state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {

@@ -18,22 +18,22 @@ SHAPES = {
 
 def normalized(losses, present):
   """h in [-1, 1] of each loss, over those present; a range below 1e-6 counts as 1e-6."""
-  low = min(l for l, p in zip(losses, present) if p)
-  high = max(l for l, p in zip(losses, present) if p)
-  return [2 * (l - (low + high) / 2) / max(high - low, 1e-6) for l in losses]
+  seen = [loss for loss, p in zip(losses, present) if p]
+  low, high = min(seen), max(seen)
+  return [2 * (loss - (low + high) / 2) / max(high - low, 1e-6) for loss in losses]
 
 
 def base_mean_one(name, losses, r, base=None, incoming=None):
-  """Multipliers [B] that keep sum(base * incoming): incoming * exp(f / r) / Z, 0 where base is 0."""
-  losses = [float(l) for l in losses]
+  """Multipliers [B]: incoming * exp(f / r) / Z, keeping sum(base * incoming); 0 at base 0."""
+  losses = [float(loss) for loss in losses]
   base = [1.0] * len(losses) if base is None else [float(b) for b in base]
   incoming = [1.0] * len(losses) if incoming is None else [float(w) for w in incoming]
   present = [b > 0 for b in base]
   if not any(present):
     return np.zeros(len(losses))
   if name == 'kl_dro':
-    top = max(l for l, p in zip(losses, present) if p)
-    scores = [l - top for l in losses]
+    top = max(loss for loss, p in zip(losses, present) if p)
+    scores = [loss - top for loss in losses]
   else:
     scores = [SHAPES[name](h) for h in normalized(losses, present)]
   tilts = [math.exp(s / r) if p else 0.0 for s, p in zip(scores, present)]

@@ -69,7 +69,7 @@ def linupper_weights(
     weights: float, same shape: weights so far, multiplied in; the result keeps sum(base * weights).
       Default: ones.
     nonfinite: 'propagate' turns a NaN or inf among the losses into NaN weights; 'mask' gives that
-      example weight 0.
+      example weight 0 (its gradient is 0 only if the NaN arose after the differentiated part).
 
   Returns:
     float32 (float64 for float64 losses), shape of the losses; 0 for an example without base. All 0

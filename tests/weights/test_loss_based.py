@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxrw
 from jaxrw import weights
@@ -212,7 +213,8 @@ def test_kl_dro_weights_are_the_gradient_of_the_robust_loss():
     theta = jnp.array([0.3, -0.2, 0.5])
     losses_of = lambda theta: (x @ theta - y) ** 2
     robust = lambda theta: r * jnp.log(jnp.mean(jnp.exp(losses_of(theta) / r)))
-    weighted = lambda theta: jnp.mean(weights.kl_dro_weights(losses_of(theta), r) * losses_of(theta))
+    w = lambda theta: weights.kl_dro_weights(losses_of(theta), r)
+    weighted = lambda theta: jnp.mean(w(theta) * losses_of(theta))
     np.testing.assert_allclose(jax.grad(robust)(theta), jax.grad(weighted)(theta), rtol=1e-12)
 
 
@@ -244,6 +246,25 @@ def test_a_nonfinite_loss_propagates_or_is_masked(name, value):
   np.testing.assert_allclose(np.delete(w, 3), _function(name)(rest, 0.4) * 8 / 7, rtol=2e-6)
   assert w[3] == 0
   np.testing.assert_allclose(w.sum(), 8, rtol=1e-6)
+
+
+@pytest.mark.parametrize('bad', [np.nan, INF])
+def test_a_nonfinite_loss_on_one_of_eight_devices_reaches_all_weights(bad):
+  """The max between devices may drop a NaN; the sums after it must not."""
+  mesh = Mesh(np.asarray(jax.devices()), ('data',), axis_types=(AxisType.Auto,))
+  losses = _gamma().astype(np.float32)
+  losses[5] = bad
+  losses = jax.device_put(losses, NamedSharding(mesh, PartitionSpec('data')))
+  stages = [getattr(jaxrw, name)(0.4) for name in NAMES]
+  stages += [jaxrw.chain(loss=stages[0], cap=jaxrw.cap(2.0)), jaxrw.row_shuffled(stages[0])]
+
+  @jax.jit
+  def weigh(losses):
+    signals = {'losses': losses, 'key': jax.random.key(0)}
+    return [stage.update(jnp.ones(16), stage.init(), **signals)[0] for stage in stages]
+
+  for w in weigh(losses):
+    assert np.all(np.isnan(w))
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -278,7 +299,7 @@ def test_token_losses_are_reduced_over_t_and_the_weight_is_broadcast(name):
 
 @pytest.mark.parametrize('name', ['quadratic', 'kl_dro'])
 def test_examples_of_weight_zero_cannot_starve_the_others(name):
-  """The top score of an example that carries no weight must not push the others below exp's range."""
+  """The top score of an example of weight 0 must not push the others below the range of exp."""
   losses = np.array([0.0, 0.2, 150.0, 300.0], np.float32)
   incoming = jnp.array([1.0, 1.0, 0.0, 0.0 if name == 'kl_dro' else 1.0])
   w = _function(name)(losses, 0.01 if name == 'quadratic' else 1.0, weights=incoming)
@@ -286,15 +307,15 @@ def test_examples_of_weight_zero_cannot_starve_the_others(name):
   assert w[2] == 0
 
 
-def test_gradients_stop_at_the_losses_but_not_at_the_temperature():
+@pytest.mark.parametrize('name', NAMES)
+def test_gradients_stop_at_the_losses_but_not_at_the_temperature(name):
   losses = jnp.asarray(_gamma(), jnp.float32)
-  for name in NAMES:
-    f = getattr(weights, f'{name}_weights')
-    score = lambda losses, r: jnp.sum(f(losses, r) * jnp.arange(16.0))
-    by_losses, by_r = jax.jit(jax.grad(score, argnums=(0, 1)))(losses, 0.4)
-    np.testing.assert_array_equal(by_losses, np.zeros(16))
-    assert np.isfinite(by_r)
-    assert abs(by_r) > 1e-3, name
+  f = getattr(weights, f'{name}_weights')
+  score = lambda losses, r: jnp.sum(f(losses, r) * jnp.arange(16.0))
+  by_losses, by_r = jax.jit(jax.grad(score, argnums=(0, 1)))(losses, 0.4)
+  np.testing.assert_array_equal(by_losses, np.zeros(16))
+  assert np.isfinite(by_r)
+  assert abs(by_r) > 1e-3
 
 
 @pytest.mark.parametrize('name', NAMES)
