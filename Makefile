@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 quickstart: $(VENV)/.experiments  ## train uniform and LinUpper on embedded text, compare, write a report
 	$(BIN)/python -m experiments.compare --config=configs/quickstart.py \
-	  --weightings=uniform,linupper:1.0 --workdir=runs/quickstart
+	  --weightings=uniform,linupper:1.0 --seeds=3 --workdir=runs/quickstart
 
 test: $(VENV)/.dev  ## the default tests
 	$(BIN)/python -m pytest -q -n auto --dist worksteal

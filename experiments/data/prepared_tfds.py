@@ -110,7 +110,7 @@ def open_dataset(data_config: Any) -> PreparedDataset:
   if data_config.text_key not in features:
     raise UserError(
       f"data.text_key='{data_config.text_key}' is not a feature of '{data_config.name}'; "
-      f'set it to one of: {", ".join(features)}'
+      f'set it to one of: {", ".join(sorted(features))}'
     )
   if 'train' not in builder.info.splits:
     raise UserError(

@@ -161,6 +161,25 @@ def test_init_from_another_run(finished, tmp_path):
   np.testing.assert_allclose(first['macro_bpb'], last['macro_bpb'], rtol=1e-4)
 
 
+def test_weights_of_the_dataset_reach_the_loss(config, tmp_path):
+  """A `weight` field multiplies every token of its document; the weighting comes on top."""
+  folder = small.write_corpus(tmp_path / 'corpus')
+  for path in folder.glob('*.train.jsonl'):
+    weight = {'easy': 0.25, 'hard': 2.0}[path.name.partition('.')[0]]
+    records = [json.loads(line) | {'weight': weight} for line in path.read_text().splitlines()]
+    path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+  config.data.path = str(folder)
+  common.set_weighting(config, 'uniform')
+  run(config, tmp_path / 'run')
+  corpus = train.build(config, jax.devices()[:1]).corpus
+  seen = {
+    corpus.domains[corpus.locate(i)[0]]: weight
+    for record in lines(tmp_path / 'run', 'examples.jsonl')
+    for i, weight in zip(record['example_id'], record['weight'])
+  }
+  assert seen == {'easy': 0.25, 'hard': 2.0}
+
+
 def test_dry_run_says_what_it_would_cost(config):
   text = dry_run.describe(train.build(config, jax.devices()[:1]))
   for part in ('parameters: ', 'FLOP', 'temporary', 'easy', 'hard', 'epochs'):
