@@ -11,11 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from orbax.checkpoint import v1 as ocp
 
-from experiments import files, metrics
+from experiments import checkpoints, files, metrics, train
+from experiments import config as config_lib
 from tests.experiments import small
 
 STEPS = 40
@@ -94,33 +95,34 @@ def a_save_is_under_way(workdir: Path) -> bool:
   return any(not p.name.isdigit() or not (p / 'sha256.json').exists() for p in folders)
 
 
-def outcome(workdir: Path) -> tuple:
+def outcome(setup, workdir: Path) -> tuple:
   """Everything of a finished run that must not depend on kills."""
   records = [
     {k: v for k, v in record.items() if k != 'wall'}
     for record in metrics.read_jsonl(workdir / 'metrics.jsonl')
   ]
-  checkpoint = workdir / 'checkpoints' / str(STEPS)
-  state = ocp.load_checkpointables(checkpoint)['state']
+  config = config_lib.read(workdir)
+  config.data.root = setup[1]['JAXRW_DATA']
+  run = train.build(config, jax.devices()[:1])
+  with checkpoints.Checkpoints(workdir / 'checkpoints') as saved:
+    state, data_state, _ = saved.restore(run.abstract_state, STEPS)
   final = files.read_json(workdir / 'result.json')['final']
-  return records, metrics.read_jsonl(workdir / 'examples.jsonl'), final, state
+  return (
+    *(records, metrics.read_jsonl(workdir / 'examples.jsonl'), final, data_state),
+    jax.tree.map(np.asarray, state),
+  )
 
 
-def assert_same(workdir: Path, reference: tuple) -> None:
-  records, examples, final, state = outcome(workdir)
-  assert records == reference[0]
-  assert examples == reference[1]
-  assert final == reference[2]
-  import jax
-
-  jax.tree.map(np.testing.assert_array_equal, state, reference[3])
+def assert_same(outcome: tuple, reference: tuple) -> None:
+  assert outcome[:-1] == reference[:-1]
+  jax.tree.map(np.testing.assert_array_equal, outcome[-1], reference[-1])
 
 
 @pytest.fixture(scope='module')
 def uninterrupted(setup):
   workdir = setup[2] / 'uninterrupted'
   finish(start(setup, workdir))
-  return outcome(workdir)
+  return outcome(setup, workdir)
 
 
 def test_killed_while_a_checkpoint_is_written(setup, uninterrupted):
@@ -130,7 +132,7 @@ def test_killed_while_a_checkpoint_is_written(setup, uninterrupted):
   kill(running)
   assert not (workdir / 'result.json').exists()
   finish(start(setup, workdir))
-  assert_same(workdir, uninterrupted)
+  assert_same(outcome(setup, workdir), uninterrupted)
 
 
 @pytest.mark.slow
@@ -143,7 +145,7 @@ def test_killed_at_five_random_moments(setup, uninterrupted):
     kill(running)
   assert not (workdir / 'result.json').exists()
   finish(start(setup, workdir))
-  assert_same(workdir, uninterrupted)
+  assert_same(outcome(setup, workdir), uninterrupted)
 
 
 @pytest.mark.slow
@@ -151,12 +153,12 @@ def test_two_processes_killed_and_resumed(setup, uninterrupted):
   """Two hosts with a device each, killed once, end bit-identically to two hosts never killed."""
   undisturbed, disturbed = setup[2] / 'two_hosts', setup[2] / 'two_hosts_killed'
   finish(start(setup, undisturbed, processes=2))
-  reference = outcome(undisturbed)
+  reference = outcome(setup, undisturbed)
   running = start(setup, disturbed, processes=2)
   assert wait_until(lambda: steps_done(disturbed) >= 17, running)
   kill(running)
   finish(start(setup, disturbed, processes=2))
-  assert_same(disturbed, reference)
+  assert_same(outcome(setup, disturbed), reference)
   # And one host reads the same examples as two.
   ids = lambda examples: [e['example_id'] for e in examples]
   assert ids(reference[1]) == ids(uninterrupted[1])
