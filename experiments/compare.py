@@ -7,6 +7,7 @@ Every weighting (an arm; the first is the baseline) is trained at every learning
 seed; each arm's best rate is then trained on all seeds. Runs with equal seeds share their initial
 parameters and their batches, so differences are paired. A unit of this work is one run directory in
 WORKDIR/runs; finished ones are skipped and killed ones resume, so repeat the command to continue.
+A small model leaves most of a machine idle: --jobs=2 trains two units at a time.
 
 Prints a table; writes WORKDIR/compare.json, WORKDIR/report.html and WORKDIR/plots/*.png.
 """
@@ -14,9 +15,12 @@ Prints a table; writes WORKDIR/compare.json, WORKDIR/report.html and WORKDIR/plo
 from __future__ import annotations
 
 import math
+import multiprocessing
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +48,11 @@ class Plan:
   seeds: tuple[int, ...]
   metric: str
   folder: Path
+
+  @property
+  def cache(self) -> Path:
+    """Where compiled programs are kept, for the units to share."""
+    return self.folder / '.jax_cache'
 
   @property
   def num_units(self) -> int:
@@ -130,20 +139,21 @@ def parse_rates(text: str) -> tuple[float, ...]:
   return tuple(sorted(rates))
 
 
-def compare(plan: Plan, train: TrainFn | None = None) -> Board:
+def compare(plan: Plan, train: TrainFn | None = None, jobs: int = 1) -> Board:
   """Runs what is not finished yet and returns the board.
 
   Args:
     plan: from `make_plan`.
     train: `train(config, folder)`, which leaves a run directory or raises NonFiniteError after
       writing `abort.json` to it; default `experiments.train.train`.
+    jobs: how many units run at once, each in a process of its own; 1 runs them in this process.
   """
-  units = Units(plan, train or default_train())
+  units = Units(plan, train or (default_train() if jobs == 1 else TrainInProcess(plan)), jobs)
   first, *others = plan.seeds
   grids: dict[str, dict[float, float]] = {weighting: {} for weighting in plan.weightings}
-  for lr in plan.lrs:
-    for weighting, grid in grids.items():
-      grid[lr] = units.finish(weighting, lr, first).value(plan.metric)
+  tries = [(weighting, lr, first) for lr in plan.lrs for weighting in plan.weightings]
+  for (weighting, lr, _), run in zip(tries, units.finish(tries)):
+    grids[weighting][lr] = run.value(plan.metric)
   best = {weighting: best_rate(grid) for weighting, grid in grids.items()}
   units.skip(len(others) * sum(lr is None for lr in best.values()))
   runs: dict[str, list[Run]] = {weighting: [] for weighting in plan.weightings}
@@ -151,10 +161,9 @@ def compare(plan: Plan, train: TrainFn | None = None) -> Board:
     if lr is not None:
       runs[weighting].append(Run(plan.unit_folder(weighting, lr, first)))
   # Seeds outside, arms inside: whenever this is killed, most pairs are complete.
-  for seed in others:
-    for weighting, lr in best.items():
-      if lr is not None:
-        runs[weighting].append(units.finish(weighting, lr, seed))
+  repeats = [(w, lr, seed) for seed in others for w, lr in best.items() if lr is not None]
+  for (weighting, *_), run in zip(repeats, units.finish(repeats)):
+    runs[weighting].append(run)
   return Board(
     tuple(Arm(w, best[w], tuple(runs[w]), tuple(grids[w].items())) for w in plan.weightings),
     plan.metric,
@@ -178,17 +187,44 @@ def default_train() -> TrainFn:
   return train
 
 
-class Units:
-  """Finishes units one by one and says on stderr which, how they went and how long is left."""
+class TrainInProcess:
+  """Trains a unit in a new process, so that several can run beside each other."""
 
-  def __init__(self, plan: Plan, train: TrainFn):
+  def __init__(self, plan: Plan):
+    self.cache = plan.cache
+
+  def __call__(self, config: ConfigDict, folder: str) -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as process:
+      process.submit(_train_unit, config_lib.to_json(config), folder, self.cache).result()
+
+
+def _train_unit(config: str, folder: str, cache: Path) -> None:
+  use_compilation_cache(cache)
+  unit = config_lib.from_json(config)
+  unit.log.progress = False  # lines of several runs would be mixed
+  default_train()(unit, folder)
+
+
+class Units:
+  """Finishes units and says on stderr which, how they went and how long is left."""
+
+  def __init__(self, plan: Plan, train: TrainFn, jobs: int = 1):
     self.plan = plan
     self.train = train
+    self.jobs = jobs
+    self.lock = threading.Lock()
     self.done = 0
     self.total = plan.num_units
     self.seconds: list[float] = []
 
-  def finish(self, weighting: str, lr: float, seed: int) -> Run:
+  def finish(self, units: Sequence[tuple[str, float, int]]) -> list[Run]:
+    """The runs of these (weighting, learning rate, seed), `jobs` at a time."""
+    if self.jobs == 1:
+      return [self.finish_one(*unit) for unit in units]
+    with ThreadPoolExecutor(self.jobs) as pool:
+      return list(pool.map(lambda unit: self.finish_one(*unit), units))
+
+  def finish_one(self, weighting: str, lr: float, seed: int) -> Run:
     """The run of one unit, trained or resumed unless a finished one is there."""
     folder = self.plan.unit_folder(weighting, lr, seed)
     title = f'{weighting}  lr {lr:g}  seed {seed}'
@@ -201,14 +237,17 @@ class Units:
       except NonFiniteError as e:
         if not (folder / 'abort.json').exists():
           files.write_json(folder / 'abort.json', {'message': str(e)})
-      self.seconds.append(time.monotonic() - start)
-    self.done += 1
+      took = time.monotonic() - start
     run = Run(folder)
     outcome = (
       'diverged' if run.diverged else f'{self.plan.metric} {run.value(self.plan.metric):.4f}'
     )
-    took = f'{self.seconds[-1]:.0f} s' if fresh else 'was finished'
-    say(f'[{self.done}/{self.total}] {title}  {outcome}  ({took})')
+    with self.lock:
+      self.done += 1
+      if fresh:
+        self.seconds.append(took)
+      how = f'{took:.0f} s' if fresh else 'was finished'
+      say(f'[{self.done}/{self.total}] {title}  {outcome}  ({how})')
     return run
 
   def skip(self, n: int) -> None:
@@ -217,7 +256,7 @@ class Units:
   def time_left(self) -> str:
     if not self.seconds:
       return ''
-    left = (self.total - self.done) * sum(self.seconds) / len(self.seconds)
+    left = (self.total - self.done) * sum(self.seconds) / len(self.seconds) / self.jobs
     return f'  about {left / 60:.0f} min left' if left > 90 else f'  about {left:.0f} s left'
 
 
@@ -257,6 +296,7 @@ def define_flags() -> None:
   flags.DEFINE_string('lrs', None, 'peak learning rates to try; default: the one of the config')
   flags.DEFINE_integer('seeds', 3, 'paired seeds of every arm, from config.seed on')
   flags.DEFINE_enum('metric', 'macro_bpb', list(METRICS), 'what picks the learning rate')
+  flags.DEFINE_integer('jobs', 1, 'runs at once, in processes of their own', lower_bound=1)
   flags.DEFINE_string('workdir', '', 'where runs and report go; the same one to continue')
 
 
@@ -266,8 +306,8 @@ def main(_: list[str]) -> None:
   plan = make_plan(
     FLAGS.config, FLAGS.weightings, FLAGS.lrs, FLAGS.seeds, FLAGS.metric, FLAGS.workdir
   )
-  use_compilation_cache(plan.folder / '.jax_cache')
-  board = compare(plan)
+  use_compilation_cache(plan.cache)
+  board = compare(plan, jobs=FLAGS.jobs)
   files.write_json(plan.folder / 'compare.json', record(board))
   print(board_text(board), flush=True)
   page = report.write(board, plan.folder)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +77,23 @@ def jsonable(value: Any) -> Any:
   if isinstance(value, float) and (value != value or value in (float('inf'), float('-inf'))):
     return None
   return value
+
+
+@contextlib.contextmanager
+def exclusive(folder: str | os.PathLike) -> Iterator[None]:
+  """Holds `folder` for this process; the system lets go when the process ends, however it ends.
+
+  Raises:
+    UserError: another process holds it.
+  """
+  Path(folder).mkdir(parents=True, exist_ok=True)
+  with Path(folder, '.lock').open('w') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise UserError(
+        f'{folder} is in use by another process: wait until it ends, or choose another --workdir'
+      ) from None
+    except OSError:
+      pass  # some network file systems cannot lock; two writers are then the user's to avoid
+    yield

@@ -183,9 +183,19 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
   if (workdir / 'result.json').is_file():
     return files.read_json(workdir / 'result.json')
   run = build(config, devices)
+  with files.exclusive(workdir) if primary else contextlib.nullcontext():
+    result = _train(run, workdir, primary)
+    result['seconds'] = time.monotonic() - started
+    if primary:
+      files.write_json(workdir / 'result.json', result)
+  return result
+
+
+def _train(run: Run, workdir: Path, primary: bool) -> dict:
+  """The loop, in a run directory that is this process's own."""
+  config = run.config
   if primary:
     config_lib.write(workdir, config)
-
   data = pipeline.train_iterator(
     run.corpus,
     batch_size=config.batch_size,
@@ -218,10 +228,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
     saver.wait()
     if evaluated is None:  # killed between the last checkpoint and result.json
       evaluated = evaluate(run, state.params, config.eval.split, config.eval.max_blocks)
-  result = summarize_run(run, evaluated, data.get_state(), time.monotonic() - started)
-  if primary:
-    files.write_json(workdir / 'result.json', result)
-  return result
+  return summarize_run(run, evaluated, data.get_state())
 
 
 def resume_or_start(
@@ -258,9 +265,9 @@ def evaluate(run: Run, params: Any, split: str, max_blocks: int = 0) -> dict[str
 
 
 def summarize_run(
-  run: Run, evaluated: dict[str, Any], data_state: Mapping[str, Any], seconds: float
+  run: Run, evaluated: dict[str, Any], data_state: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """The content of `result.json`."""
+  """The content of `result.json`, but for the seconds it took."""
   corpus, config = run.corpus, run.config
   floor = corpus.meta['bigram_floor']
   sizes = corpus.sizes('train')
@@ -284,7 +291,6 @@ def summarize_run(
     'config_hash': config_lib.config_hash(config),
     'versions': versions(),
     'devices': f'{run.mesh.devices.size} x {run.mesh.devices.flat[0].device_kind}',
-    'seconds': seconds,
   }
 
 

@@ -13,6 +13,7 @@ from configs import common
 from experiments import board as board_lib
 from experiments import compare, files, verdict
 from experiments.errors import NonFiniteError, UserError
+from tests.experiments import small
 from tests.experiments.fake_runs import DOMAINS, FakeTrain, final_bpb
 
 
@@ -245,3 +246,25 @@ def test_help_does_not_import_jax():
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
   assert '--weightings' in done.stdout
+
+
+def test_several_jobs_give_the_same_board(tmp_path):
+  alone, beside = make_plan(tmp_path / 'a'), make_plan(tmp_path / 'b')
+  first = compare.record(compare.compare(alone, FakeTrain()))
+  train = FakeTrain()
+  assert compare.record(compare.compare(beside, train, jobs=3)) == first
+  assert len(train.calls) == beside.num_units
+
+
+def test_units_in_processes_of_their_own(tmp_path):
+  config = small.config(small.write_corpus(tmp_path / 'corpus'), tmp_path / 'prepared', steps=2)
+  settings = {'metric': 'macro_bpb', 'workdir': str(tmp_path / 'board')}
+  plan = compare.make_plan(config, 'uniform,linupper:1.0', None, 1, **settings)
+  board = compare.compare(plan, jobs=2)
+  assert [run.result['steps'] for arm in board.arms for run in arm.runs] == [2, 2]
+
+  # A mistake in a unit comes back as the one line it is.
+  config.data.path = str(tmp_path)
+  plan = compare.make_plan(config, 'uniform', None, 1, **settings)
+  with pytest.raises(UserError, match=r'data\.path'):
+    compare.compare(plan, jobs=2)

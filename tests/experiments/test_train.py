@@ -296,6 +296,11 @@ def test_a_workdir_with_another_run(finished, tmp_path):
     run(config, workdir)
 
 
+def test_a_workdir_that_another_process_uses(config, tmp_path):
+  with files.exclusive(tmp_path):
+    refuses(config, tmp_path, 'in use by another process')
+
+
 def test_set_weighting_reaches_the_step(config, tmp_path):
   common.set_weighting(config, 'uniform')
   run(config, tmp_path)
