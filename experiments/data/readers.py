@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.data import embedded, files
+from experiments.data import embedded, text_files
 from experiments.data.text import pieces, unit_hash
 from experiments.errors import UserError
 
@@ -138,7 +138,7 @@ def folder_source(data_config: Any) -> Source:
     return held_out(domain, split)
 
   digest = _digest(
-    f'{domain}\0{split}\0{path.name}\0{files.digest(path)}'
+    f'{domain}\0{split}\0{path.name}\0{text_files.digest(path)}'
     for domain in domains
     for split in SPLITS
     for path in parts.get((domain, split), ())
@@ -270,14 +270,14 @@ def _corpus_files(root: Path) -> dict[tuple[str, str], list[Path]]:
 
 
 def _read_jsonl(path: Path, domain: str, split: str, data_config: Any) -> Iterator[Document]:
-  for number, line in enumerate(files.lines(path), start=1):
+  for number, line in enumerate(text_files.lines(path), start=1):
     if not line.strip():
       continue
     where = f'{path}, line {number}'
     try:
       record = json.loads(line)
     except json.JSONDecodeError as error:
-      raise files.bad_line(
+      raise text_files.bad_line(
         path, number, f'not JSON ({error.msg}); each line must be one object'
       ) from error
     key = data_config.text_key
@@ -299,7 +299,7 @@ def _read_text(path: Path, domain: str, split: str, data_config: Any) -> Iterato
   """
   del data_config
   work = path.name if path.parent.name == domain else None
-  for i, piece in enumerate(pieces(''.join(files.lines(path)))):
+  for i, piece in enumerate(pieces(''.join(text_files.lines(path)))):
     yield Document(domain, split, f'{path.name}#{i}', piece, parent=work)
 
 
