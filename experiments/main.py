@@ -2,7 +2,7 @@
 
 Examples:
   python -m experiments.main --config=configs/quickstart.py --workdir=runs/uniform
-  python -m experiments.main --config=configs/lm.py:quick --workdir=runs/try --dry_run
+  python -m experiments.main --config=configs/lm.py:quick --dry_run
   python -m experiments.main --config=configs/quickstart.py --workdir=runs/hot \\
       --config.w.loss.fn=linupper --config.w.loss.temperature=1.0 --config.optim.lr=0.001
 
@@ -17,9 +17,10 @@ from absl import flags
 
 from experiments import cli
 from experiments import config as config_lib
+from experiments.errors import UserError
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string('workdir', None, 'run directory; created, or resumed', required=True)
+_WORKDIR = flags.DEFINE_string('workdir', '', 'run directory; created, or resumed')
 _DRY_RUN = flags.DEFINE_bool(
   'dry_run', False, 'print config, parameters, memory, FLOPs and planned examples, and exit'
 )
@@ -31,6 +32,8 @@ _PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'several processes: which o
 
 
 def main(_) -> None:
+  if not (_WORKDIR.value or _DRY_RUN.value):
+    raise UserError('--workdir is missing: try --workdir=runs/first')
   from experiments import mesh
 
   mesh.initialize_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)

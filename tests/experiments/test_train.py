@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -286,6 +288,13 @@ def test_a_sequence_longer_than_the_model(config, tmp_path):
 def test_a_weighting_that_does_not_exist(config, tmp_path, weighting, message):
   config.w.loss = weighting
   refuses(config, tmp_path, message)
+
+
+def test_a_missing_workdir_is_one_line():
+  command = [sys.executable, '-m', 'experiments.main', '--config=configs/quickstart.py']
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 2
+  assert done.stderr == 'error: --workdir is missing: try --workdir=runs/first\n'
 
 
 def test_a_workdir_with_another_run(finished, tmp_path):
