@@ -7,7 +7,7 @@ Every weighting (an arm; the first is the baseline) is trained at every learning
 seed; each arm's best rate is then trained on all seeds. Runs with equal seeds share their initial
 parameters and their batches, so differences are paired. A unit of this work is one run directory in
 WORKDIR/runs; finished ones are skipped and killed ones resume, so repeat the command to continue.
---jobs=N trains N units at a time, for machines with cores to spare (on two cores 2 gained 12%).
+--jobs=N trains N units at a time, for machines with cores to spare.
 
 Prints a table; writes WORKDIR/compare.json, WORKDIR/report.html and WORKDIR/plots/*.png.
 """

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -215,19 +216,26 @@ def test_nonfinite_skip_goes_on(exploding, tmp_path, monkeypatch):
   exploding.optim.lr = 1e-3
   make = train.optim.make_optimizer
 
-  def sometimes_broken(*args, **kwargs):
+  def broken_on_odd_steps(*args, **kwargs):
     tx, schedule = make(*args, **kwargs)
 
     def update(grads, state, params=None):
-      count = jax.tree.leaves(state)[0]
-      broken = jax.tree.map(lambda g: jax.numpy.where(count % 2 == 1, jax.numpy.nan, g), grads)
-      return tx.update(broken, state, params)
+      count, inner = state
+      grads = jax.tree.map(lambda g: jnp.where(count % 2 == 1, jnp.nan, g), grads)
+      updates, inner = tx.update(grads, inner, params)
+      return updates, (count + 1, inner)
 
-    return tx._replace(update=update), schedule
+    return tx._replace(
+      init=lambda p: (jnp.zeros((), jnp.int32), tx.init(p)), update=update
+    ), schedule
 
-  monkeypatch.setattr(train.optim, 'make_optimizer', sometimes_broken)
+  monkeypatch.setattr(train.optim, 'make_optimizer', broken_on_odd_steps)
   result = run(exploding, tmp_path)
   assert np.isfinite(result['final']['macro_bpb'])
+  built = train.build(exploding, jax.devices()[:1])
+  with checkpoints.Checkpoints(tmp_path / 'checkpoints') as saved:
+    state, _, _ = saved.restore(built.abstract_state)
+  assert int(state.opt_state[1].total_notfinite) == 3  # steps 2, 4 and 6
 
 
 # Bad input: one line, before any training
