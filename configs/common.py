@@ -28,7 +28,9 @@ def base_config() -> ConfigDict:
   config.total_steps = 500
   config.batch_size = 16  # rows in one optimizer step, over all devices
   config.microbatches = 1
-  config.scope = 'global'  # weights normalized over the whole step, or over each 'microbatch'
+  # Weights normalized over the whole step: 'global', or 'online' in one pass where the weighting
+  # allows it; or over each 'microbatch'.
+  config.scope = 'global'
   config.example_base = 'any'  # 'any': every block counts the same; 'tokens': every token does
   config.nonfinite = 'abort'  # or 'skip' the update
 
@@ -62,6 +64,7 @@ def base_config() -> ConfigDict:
       scan=True,
       remat=False,
       attention='auto',
+      loss_chunk=0,  # positions whose logits exist at a time; 0: all. Less memory, +1/3 on the head
       dropout=0.0,
     )
   )
@@ -80,13 +83,19 @@ def base_config() -> ConfigDict:
     )
   )
   config.weighting = ('loss',)
+  config.reference = ''  # a finished run whose model gives the signal ref_losses; one more forward
+  # Selective backward (jaxrw.Keep): rows of each group with a gradient; 0 means all rows.
+  config.keep = ConfigDict(dict(rows=0, groups=1, sampled=False, reuse=False))
   config.w = ConfigDict(dict(loss=dict(fn='linupper', temperature=PAPER_TEMPERATURE, start=50)))
   config.mesh = ConfigDict(dict(data=-1, fsdp=1))  # -1: all remaining devices
   # max_blocks counts per domain; 0 means all.
   config.eval = ConfigDict(dict(every=100, batch_size=32, max_blocks=64, split='validation'))
   config.checkpoint = ConfigDict(dict(every=100, keep=2, init_from=''))
   # examples_every: how often each example's id, weight and loss are written; 0 means never.
-  config.log = ConfigDict(dict(every=10, tensorboard=True, progress=True, examples_every=1))
+  # ledger: the same of every step as Parquet for queries; see docs/ledger.md.
+  config.log = ConfigDict(
+    dict(every=10, tensorboard=True, progress=True, examples_every=1, ledger=False)
+  )
   return config
 
 
@@ -138,8 +147,9 @@ def set_weighting(config: ConfigDict, spec: str) -> None:
 
   Args:
     config: a config in the shape of `base_config`; may be locked.
-    spec: 'uniform', or a name with a temperature such as 'linupper:0.4' (without one: 0.4), or the
-      control 'row_shuffled:<spec>', which computes the weights and deals them to the wrong rows.
+    spec: 'uniform'; a name with a temperature such as 'linupper:0.4' (without one: 0.4); a name
+      with its arguments such as 'trimmed:share=0.5:side=low'; or the control
+      'row_shuffled:<spec>', which computes the weights and deals them to the wrong rows.
 
   Raises:
     ConfigError: a spec that does not parse. Whether the name exists is checked when it is built.
@@ -152,27 +162,68 @@ def set_weighting(config: ConfigDict, spec: str) -> None:
     config.w = ConfigDict(dict(loss=stage))
 
 
+def set_arm(config: ConfigDict, arm: str) -> None:
+  """A weighting and what else sets an arm of a comparison apart, in place.
+
+  Args:
+    config: a config in the shape of `base_config`; may be locked.
+    arm: a weighting (see `set_weighting`), then any number of '@key=value' with keys of the config:
+      'uniform@keep.rows=8@keep.sampled=true', 'uniform@batch_size=8'.
+
+  Raises:
+    ConfigError: an arm that does not parse, an unknown key or a value of the wrong type.
+  """
+  spec, *changes = arm.split('@')
+  set_weighting(config, spec)
+  for change in changes:
+    key, equals, text = change.partition('=')
+    *path, name = key.split('.')
+    node = config
+    for part in path:
+      node = node.get(part, ConfigDict()) if isinstance(node, ConfigDict) else ConfigDict()
+    known = isinstance(node, ConfigDict) and name in node
+    if not equals or not known or isinstance(node[name], (ConfigDict, tuple)):
+      raise ConfigError(f'arm {arm!r}: {change!r} is not a <key of the config>=<value>')
+    with config.unlocked():
+      node[name] = _parse_value(key, text, type(node[name]))
+
+
+_TEMPERED = ('linupper', 'linupper_stale', 'quadratic', 'extremes', 'upper', 'kl_dro', 'adapt')
+
+
 def _weighting_stage(spec: str) -> dict:
-  name, _, rest = spec.partition(':')
+  name, *arguments = spec.split(':')
   if name == 'row_shuffled':
-    if not rest:
+    if not arguments:
       raise ConfigError(
         f'weighting {spec!r} needs the weighting it shuffles: row_shuffled:linupper:0.4'
       )
-    return dict(fn=name, stage=_weighting_stage(rest))
-  if name == 'uniform':
-    if rest:
-      raise ConfigError(f"weighting {spec!r}: uniform takes no temperature; write 'uniform'")
-    return dict(fn=name)
-  try:
-    temperature = float(rest) if rest else PAPER_TEMPERATURE
-  except ValueError:
-    temperature = -1.0
-  if not name or not temperature > 0:
+    return dict(fn=name, stage=_weighting_stage(spec.partition(':')[2]))
+  if name == 'uniform' and arguments:
+    raise ConfigError(f"weighting {spec!r}: uniform takes no temperature; write 'uniform'")
+  stage = dict(fn=name)
+  if not arguments and name in _TEMPERED:
+    stage['temperature'] = PAPER_TEMPERATURE
+  for argument in arguments:
+    key, equals, text = argument.partition('=')
+    key, text = (key, text) if equals else ('temperature', key)
+    stage[key] = _number_or_word(text, int if key != 'temperature' else float)
+  temperature = stage.get('temperature', 1)
+  if not name or '' in stage.values() or isinstance(temperature, str) or not temperature > 0:
     raise ConfigError(
-      f"weighting {spec!r}: write a name and a positive temperature, 'linupper:0.4'"
+      f"weighting {spec!r}: write a name and a positive temperature, 'linupper:0.4', or a name and "
+      "arguments, 'trimmed:share=0.5'"
     )
-  return dict(fn=name, temperature=temperature)
+  return stage
+
+
+def _number_or_word(text: str, *kinds: type) -> int | float | str:
+  for kind in (*kinds, float):
+    try:
+      return kind(text)
+    except ValueError:
+      continue
+  return text
 
 
 def quick(config: ConfigDict) -> ConfigDict:

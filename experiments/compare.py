@@ -9,6 +9,9 @@ parameters and their batches, so differences are paired. A unit of this work is 
 WORKDIR/runs; finished ones are skipped and killed ones resume, so repeat the command to continue.
 --jobs=N trains N units at a time, for machines with cores to spare.
 
+An arm may change more than the weighting: 'uniform@batch_size=8' or, for selective backward,
+'trimmed:share=0.5@keep.rows=8'; any key of the config will do.
+
 Prints a table; writes WORKDIR/compare.json, WORKDIR/report.html and WORKDIR/plots/*.png.
 """
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import re
 import sys
 import threading
 import time
@@ -27,7 +31,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from configs.common import ConfigError, set_weighting
+from configs.common import ConfigError, set_arm
 from experiments import cli, files
 from experiments import config as config_lib
 from experiments.board import METRICS, Arm, Board, Run
@@ -60,14 +64,14 @@ class Plan:
 
   def unit_config(self, weighting: str, lr: float, seed: int) -> ConfigDict:
     config = config_lib.from_json(config_lib.to_json(self.config))
-    set_weighting(config, weighting)
+    set_arm(config, weighting)
     config.optim.lr, config.seed = lr, seed
     return config
 
   def unit_folder(self, weighting: str, lr: float, seed: int) -> Path:
     """Readable, and different whenever anything that changes the numbers differs."""
     digest = config_lib.config_hash(self.unit_config(weighting, lr, seed))
-    name = f'{weighting.replace(":", "-")}__lr{lr:g}__seed{seed}__{digest}'
+    name = f'{re.sub("[^A-Za-z0-9.]+", "-", weighting)}__lr{lr:g}__seed{seed}__{digest}'
     return self.folder / 'runs' / name
 
 
@@ -109,12 +113,13 @@ def make_plan(
 
 def check_weighting(name: str, config: ConfigDict) -> None:
   """Builds the pipeline of one arm once, so that a wrong name fails before anything is trained."""
-  import jaxrw
+  from experiments import signals
 
   try:
-    jaxrw.from_config(config.weighting, config.w.to_dict())
-  except ValueError as e:
-    raise UserError(f'--weightings: {name!r} cannot be built: {config_lib.one_line(e)}') from e
+    signals.make_weighting(config)
+    signals.make_keep(config)
+  except UserError as e:
+    raise UserError(f'--weightings: {name!r} cannot be built: {e}') from e
 
 
 def split_list(flag: str, text: str, example: str) -> tuple[str, ...]:

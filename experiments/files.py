@@ -14,8 +14,11 @@ from typing import Any
 from experiments.errors import UserError
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-  """Replaces `path` by `text` atomically and durably: a kill or a full disk leaves the old file.
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+  """A temporary file to write, which becomes `path`, durably, when the block ends without an error.
+
+  A kill or a full disk leaves the old file, and at most a hidden one named `.<name>.*` beside it.
 
   Raises:
     UserError: the disk is full, or the folder cannot be written.
@@ -24,24 +27,33 @@ def write_text(path: str | os.PathLike, text: str) -> None:
   temporary = None
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-      'w', encoding='utf-8', dir=path.parent, prefix=f'.{path.name}.', delete=False
-    ) as f:
-      temporary = f.name
-      f.write(text)
-      f.flush()
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    os.close(handle)
+    yield Path(temporary)
+    with open(temporary, 'rb') as f:
       os.fsync(f.fileno())
-    # NamedTemporaryFile makes private files; a run directory is usually shared.
+    # Temporary files are private; a run directory is usually shared.
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(temporary, 0o666 & ~umask)
     os.replace(temporary, path)
   except OSError as e:
+    raise UserError(
+      f'cannot write {path}: {e.strerror or e}; free space or choose another folder'
+    ) from e
+  finally:
     if temporary is not None:
       Path(temporary).unlink(missing_ok=True)
-    raise UserError(
-      f'cannot write {path}: {e.strerror}; free space or choose another folder'
-    ) from e
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Replaces `path` by `text` atomically and durably: a kill or a full disk leaves the old file.
+
+  Raises:
+    UserError: the disk is full, or the folder cannot be written.
+  """
+  with replacing(path) as temporary:
+    temporary.write_text(text, encoding='utf-8')
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -211,6 +211,11 @@ FIGURES: dict[str, Callable[[Board, Theme], Figure | None]] = {
 
 def render(board: Board, name: str, theme: Theme) -> bytes | None:
   """One figure as PNG, or None if the board has nothing to show in it."""
+  return draw_png(lambda: FIGURES[name](board, theme), theme)
+
+
+def draw_png(draw: Callable[[], Figure | None], theme: Theme) -> bytes | None:
+  """What `draw` draws, in the fonts and inks of the theme; None if it draws nothing."""
   settings = {
     'font.size': 10, 'axes.titlesize': 10, 'axes.titlelocation': 'left', 'axes.labelsize': 9,
     'xtick.labelsize': 8.5, 'ytick.labelsize': 8.5, 'legend.fontsize': 9.5,
@@ -221,13 +226,40 @@ def render(board: Board, name: str, theme: Theme) -> bytes | None:
     'grid.alpha': 0.25, 'grid.linewidth': 0.7,
   }  # fmt: skip
   with matplotlib.rc_context(settings):
-    figure = FIGURES[name](board, theme)
+    figure = draw()
     if figure is None:
       return None
     buffer = io.BytesIO()
     # Without matplotlib's name and version in the file, equal figures are equal bytes.
     figure.savefig(buffer, format='png', dpi=DPI, metadata={'Software': None})
     return buffer.getvalue()
+
+
+def draw_step_cost(record: dict[str, Any], theme: Theme) -> Figure:
+  """Step time, matmul FLOPs and temporary memory of the arms, over those of the first."""
+  times = {row['weighting']: row for row in record.get('times', ())}
+  counts = {row['weighting']: row for row in record['counts']}
+  names = list(dict.fromkeys((*times, *counts)))[::-1]
+  figure = Figure(figsize=(8.5, 1.3 + 0.36 * len(names)), layout='constrained')
+  panels = figure.subplots(1, 3, sharey=True)
+  first = record['counts'][0]
+  columns = (
+    ('step time', {name: row['ratio'] for name, row in times.items()}),
+    ('matmul FLOPs', {n: row['matmul_flops'] / first['matmul_flops'] for n, row in counts.items()}),
+    ('temporary memory', {n: row['temp_bytes'] / first['temp_bytes'] for n, row in counts.items()}),
+  )
+  for ax, (title, values) in zip(panels, columns):
+    ax.set_title(title)
+    ax.axvline(1, color=theme.faint, linewidth=1)
+    for y, name in enumerate(names):
+      if name in values:
+        ax.plot(values[name], y, MARKERS[0], color=theme.colors[1])
+      if ax is panels[0] and name in times:
+        ax.plot([times[name]['low'], times[name]['high']], [y, y], color=theme.colors[1])
+    ax.grid(axis='x')
+    ax.set_xlabel(f'ratio to {first["weighting"]}')
+  panels[0].set_yticks(range(len(names)), names)
+  return figure
 
 
 def seed_curves(

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import files, metrics
+from experiments import files, ledger, metrics
 from experiments.data.corpus import Corpus
 from experiments.errors import NonFiniteError
 
@@ -42,6 +42,9 @@ class StepLog:
     self._examples = None
     if primary and config.log.examples_every:
       self._examples = metrics.JsonlFile(workdir / 'examples.jsonl', resume_step=resume)
+    self._ledger = None
+    if primary and config.log.ledger:
+      self._ledger = ledger.Ledger(workdir / 'ledger', corpus, resume_step=start)
     peak = metrics.peak_flops(jax.devices()[0].device_kind)
     self._progress = metrics.Progress(
       config.total_steps,
@@ -60,7 +63,7 @@ class StepLog:
       if kind is None:
         self._flush()
     finally:
-      for sink in (self._progress, self._metrics, self._examples):
+      for sink in (self._progress, self._metrics, self._examples, self._ledger):
         if sink is not None:
           sink.close()
 
@@ -84,6 +87,12 @@ class StepLog:
     with self._progress.paused():
       yield
 
+  def commit(self) -> None:
+    """Puts every step so far on disk; call it before their checkpoint is saved."""
+    self._flush()
+    if self._ledger is not None:
+      self._ledger.flush()
+
   def _flush(self) -> None:
     pending, self._pending = self._pending, None
     if pending is None:
@@ -100,6 +109,8 @@ class StepLog:
         for name in ('example_id', 'weight', 'loss')
       }
       self._examples.write({'step': step, **rounded})
+    if self._ledger is not None:
+      self._ledger.add(step, examples)
     if step % config.log.every == 0 or step == config.total_steps:
       self._metrics.write('train', step, self._train_values(step, record))
 

@@ -24,11 +24,10 @@ import optax
 import jaxrw
 from experiments import checkpoints as checkpoints_lib
 from experiments import config as config_lib
-from experiments import files, optim
+from experiments import files, optim, signals
 from experiments import mesh as mesh_lib
 from experiments.data import corpus as corpus_lib
 from experiments.data import pipeline
-from experiments.errors import UserError
 from experiments.evaluators import language
 from experiments.models import gpt2
 from experiments.step_log import StepLog
@@ -43,8 +42,10 @@ class Run:
   Attributes:
     abstract_state: the train state's shapes, dtypes and shardings.
     init: () -> state, already laid out over the mesh.
-    step: (state, batch) -> (state, metrics), what `jaxrw.make_train_step` returned; not jitted.
-    train_step: (state, batch) -> (state, record), jitted; the state is donated.
+    step: (state, batch, signals) -> (state, metrics), what `jaxrw.make_train_step` returned; not
+      jitted.
+    signals: what `train_step` takes beside state and batch: {} or the reference's parameters.
+    train_step: (state, batch, signals) -> (state, record), jitted; the state is donated.
     eval_step: (params, batch) -> float32[G, 3]; see `experiments.evaluators.language`.
   """
 
@@ -53,10 +54,12 @@ class Run:
   model: gpt2.GPT2Config
   mesh: jax.sharding.Mesh
   proportions: np.ndarray
+  weighting: jaxrw.Weighting
   schedule: optax.Schedule
   abstract_state: jaxrw.TrainState
   init: Callable[[], jaxrw.TrainState]
   step: Callable[..., Any]
+  signals: dict[str, Any]
   train_step: Callable[..., Any]
   eval_step: Callable[..., jax.Array]
 
@@ -70,13 +73,27 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
   mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
   mesh_lib.check_batch(config.batch_size, config.microbatches, mesh, jax.process_count())
   mesh_lib.check_batch(config.eval.batch_size, 1, mesh, jax.process_count())
-  weighting = make_weighting(config)
+  keep = signals.make_keep(config)
+  signals.make_weighting(config)  # its mistakes before the data are opened
   tx, schedule = optim.make_optimizer(config.optim, config.total_steps, nonfinite=config.nonfinite)
   corpus = corpus_lib.open_corpus(config.data)
   proportions = pipeline.proportions(config.data, corpus)
   model = gpt2.GPT2Config.from_config(
     config.model, vocab_size=corpus.tokenizer.vocab_size, seq_len=corpus.seq_len
   )
+  weighting = signals.make_weighting(
+    config, num_groups=len(corpus.domains), num_examples=int(corpus.sizes('train').sum())
+  )
+  signals.check_signals(weighting, config)
+  layout = lambda tree: mesh_lib.tree_shardings(tree, mesh, gpt2.SHARDING_RULES)
+  row_signals, whole_step = None, {}
+  if config.reference:
+    reference, params = signals.reference_model(config, model, layout)
+    whole_step = {'reference': params}
+
+    def row_signals(params, batch, whole_step):
+      ref_losses = gpt2.token_losses(whole_step['reference'], batch, reference, mesh=mesh)
+      return {'ref_losses': ref_losses}
 
   def init():
     params = gpt2.init(jax.random.key(config.seed), model)
@@ -87,18 +104,20 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
     tx,
     weighting,
     batched_loss=lambda params, batch: gpt2.token_losses(params, batch, model, mesh=mesh),
+    row_signals=row_signals,
+    keep=keep,
     microbatches=config.microbatches,
     scope=config.scope,
     example_base=config.example_base,
     seed=config.seed,
   )
 
-  def train_step(state, batch):
+  def train_step(state, batch, whole_step):
     if model.dropout > 0:
       key = jax.random.key(config.seed)
       keys = gpt2.dropout_keys(key, state.step, batch['example_id'])
       batch = {**batch, 'dropout_key': keys}
-    state, step_metrics = step(state, batch)
+    state, step_metrics = step(state, batch, whole_step)
     return state, summarize_step(step_metrics, batch, len(corpus.domains))
 
   eval_model = dataclasses.replace(model, dropout=0.0)
@@ -108,7 +127,7 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
   )
 
   shapes = jax.eval_shape(init)
-  shardings = mesh_lib.tree_shardings(shapes, mesh, gpt2.SHARDING_RULES)
+  shardings = layout(shapes)
   rows, whole = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
   return Run(
     config=config,
@@ -116,28 +135,22 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
     model=model,
     mesh=mesh,
     proportions=proportions,
+    weighting=weighting,
     schedule=schedule,
     abstract_state=jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     ),
     init=jax.jit(init, out_shardings=shardings),
     step=step,
+    signals=whole_step,
     train_step=jax.jit(
       train_step,
-      in_shardings=(shardings, rows),
+      in_shardings=(shardings, rows, layout(whole_step)),
       out_shardings=(shardings, whole),
       donate_argnums=0,
     ),
     eval_step=jax.jit(eval_step, in_shardings=(shardings.params, rows), out_shardings=whole),
   )
-
-
-def make_weighting(config: Any) -> jaxrw.Weighting:
-  """The weighting of a config; its mistakes as one line."""
-  try:
-    return jaxrw.from_config(config.weighting, config.w.to_dict())
-  except ValueError as error:
-    raise UserError(f'config.{error}') from error
 
 
 def summarize_step(
@@ -215,7 +228,7 @@ def _train(run: Run, workdir: Path, primary: bool) -> dict:
     )
     evaluated = None
     for step in range(start + 1, config.total_steps + 1):
-      state, record = run.train_step(state, run.to_global(next(data)))
+      state, record = run.train_step(state, run.to_global(next(data)), run.signals)
       log.step(step, record)
       last = step == config.total_steps
       if last or step % config.eval.every == 0:
@@ -223,7 +236,8 @@ def _train(run: Run, workdir: Path, primary: bool) -> dict:
           evaluated = evaluate(run, state.params, config.eval.split, config.eval.max_blocks)
         log.evaluation(step, evaluated)
       if last or step % config.checkpoint.every == 0:
-        with log.pause():  # which looks at every step before it: a broken state is never saved
+        with log.pause():
+          log.commit()  # which looks at every step before it: a broken state is never saved
           saver.save(step, state, data.get_state(), {'versions': versions()})
     saver.wait()
     if evaluated is None:  # killed between the last checkpoint and result.json

@@ -6,8 +6,10 @@
 >>> loss = jnp.mean(w * losses)                             # instead of jnp.mean(losses)
 """
 
-from jaxrw import diagnostics, losses, masked, weights
+from jaxrw import diagnostics, gradients, losses, masked, weights
+from jaxrw.bilevel import make_bilevel_step
 from jaxrw.core import Weighting, after, chain, from_config
+from jaxrw.selective import Keep
 from jaxrw.steps import TrainState, base_measure, make_train_step
 from jaxrw.weights import *  # noqa: F403 - one list of public names, in jaxrw.weights.__all__
 from jaxrw.weights import __all__ as _weight_names
@@ -15,6 +17,7 @@ from jaxrw.weights import __all__ as _weight_names
 __version__ = '0.1.0.dev0'
 
 __all__ = [
+  'Keep',
   'TrainState',
   'Weighting',
   'after',
@@ -22,9 +25,13 @@ __all__ = [
   'chain',
   'diagnostics',
   'from_config',
+  'gradients',
   'losses',
+  'make_bilevel_step',
   'make_train_step',
   'masked',
   'weights',
 ]
-__all__ += _weight_names
+__all__ += [name for name in _weight_names if name not in weights.RECONSTRUCTED]
+for _name in weights.RECONSTRUCTED:
+  del globals()[_name]

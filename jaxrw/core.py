@@ -48,16 +48,26 @@ class Weighting(NamedTuple):
     update: (weights, state, **signals) -> (weights, state). `weights` are float[B] or float[B, T],
       the shape of the losses; what comes back has the same shape, dtype and sharding. A signal the
       stage needs is a keyword without default; the rest it swallows.
+    log_weights: (state, **signals) -> float[B], for weightings of the softmax type: `update`
+      multiplies by exp(log_weights) and then normalizes over the rows. A row's value may depend on
+      that row and the state only, so one pass can accumulate gradients of rows whose normalizer it
+      does not know yet (`make_train_step` with scope 'online'). None for all others.
   """
 
   init: Callable[[], Any]
   update: Callable[..., tuple[jax.Array, Any]]
+  log_weights: Callable[..., jax.Array] | None = None
 
 
-def stateless(update: Callable[..., jax.Array]) -> Weighting:
-  """A weighting without state, from `update(weights, **signals) -> weights`."""
+def stateless(
+  update: Callable[..., jax.Array], log_weights: Callable[..., jax.Array] | None = None
+) -> Weighting:
+  """A weighting without state, from `update(weights, **signals) -> weights`, and
+  `log_weights(**signals)` if it is of the softmax type."""
   return Weighting(
-    lambda: (), lambda weights, state, **signals: (update(weights, **signals), state)
+    lambda: (),
+    lambda weights, state, **signals: (update(weights, **signals), state),
+    None if log_weights is None else lambda state, **signals: log_weights(**signals),
   )
 
 
@@ -69,7 +79,7 @@ class Declaration:
     scale: 'normalized' keeps sum(base * w); 'absolute' has mean 1 in expectation only; 'signed' may
       sum to 0.
     level: 'example' gives all tokens of an example the same multiplier; 'entry' acts on `[B]` or
-      `[B, T]` as is.
+      `[B, T]` as is; 'token' needs `[B, T]`.
     provenance: 'paper', 'official_code', 'reconstructed' or 'ours'.
     source: where the formula comes from.
   """
@@ -146,7 +156,16 @@ def chain(**stages: Weighting) -> Weighting:
         new_state[name] = inner
     return weights, new_state
 
-  return Weighting(init, update)
+  tilts = {name: s.log_weights for name, s in stages.items() if s.log_weights is not None}
+  if not stages or len(tilts) < len(stages):
+    return Weighting(init, update)
+
+  def log_weights(state: Mapping[str, Any], **signals: Any):
+    check_signals(signals)
+    inner = lambda name: state[name] if name in state else stages[name].init()
+    return sum((f(inner(name), **signals) for name, f in tilts.items()), start=jnp.zeros(()))
+
+  return Weighting(init, update, log_weights)
 
 
 def after(start: int, stage: Weighting) -> Weighting:
@@ -171,7 +190,14 @@ def after(start: int, stage: Weighting) -> Weighting:
       lambda a, b: jnp.where(step >= start, a, b), (new, new_state), (weights, state)
     )
 
-  return Weighting(stage.init, update)
+  tilt = stage.log_weights
+  if tilt is None:
+    return Weighting(stage.init, update)
+
+  def log_weights(state: Any, *, step: Any, **signals: Any):
+    return jnp.where(step >= start, tilt(state, step=step, **signals), 0)
+
+  return Weighting(stage.init, update, log_weights)
 
 
 def from_config(order: Iterable[str], specs: Mapping[str, Mapping[str, Any]]) -> Weighting:
@@ -226,6 +252,36 @@ def _stage_from_config(path: str, spec: Mapping[str, Any]) -> Weighting:
     return after(start, stage) if start else stage
   except (TypeError, ValueError) as error:
     raise ValueError(f'{path}: {error}') from error
+
+
+def check_range(ids: jax.Array, size: int, name: str) -> jax.Array:
+  """Which ids name one of `size` entries, or are -1 (unknown).
+
+  Indexing clamps or drops an id out of range without a word. Concrete arrays are checked here; for
+  traced ones the caller turns the weight of such a row into NaN, which the trainer reports.
+
+  Args:
+    ids: int[B].
+    size: number of entries, valid ids are 0 .. size - 1.
+    name: the signal's name, for the message.
+
+  Returns:
+    bool[B], False where an id is out of range.
+
+  Raises:
+    TypeError: ids that are not integers.
+    IndexError: a concrete id out of range.
+  """
+  if not jnp.issubdtype(ids.dtype, jnp.integer):
+    raise TypeError(f'{name} has dtype {ids.dtype}; expected integers')
+  fine = (ids >= -1) & (ids < size)
+  if not isinstance(fine, jax.core.Tracer) and not bool(jnp.all(fine)):
+    wrong = ids[jnp.argmin(fine)]
+    raise IndexError(
+      f'{name} holds {wrong}, but there are {size} entries: ids are 0 to {size - 1}, or -1 for '
+      'unknown'
+    )
+  return fine
 
 
 def check_positive(**values: Any) -> None:

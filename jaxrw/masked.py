@@ -67,6 +67,79 @@ def over_tokens(per_example: jax.Array, like: jax.Array) -> jax.Array:
   return per_example if like.ndim == 1 else per_example[:, None]
 
 
+def fill_in(
+  losses: jax.Array, base: jax.Array | None, weights: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """What a weight function computes with: (losses, base, weights), the latter ones if None.
+
+  Args:
+    losses: float[B] or float[B, T]; become constants for differentiation, in at least float32.
+    base: float, same shape, or None.
+    weights: float, same shape, or None.
+
+  Raises:
+    ValueError: shapes that do not match.
+  """
+  dtype = jnp.promote_types(jnp.float32, losses.dtype)
+  losses = jax.lax.stop_gradient(losses.astype(dtype))
+  base = jnp.ones_like(losses) if base is None else base.astype(dtype)
+  weights = jnp.ones_like(losses) if weights is None else weights
+  for name, array in (('base', base), ('weights', weights)):
+    if array.shape != losses.shape:
+      raise ValueError(f'{name} has shape {array.shape}, losses {losses.shape}; they must agree')
+  return losses, base, weights
+
+
+def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
+  """table[ids] for a small table, elementwise: works on batch-sharded ids in Explicit meshes, too.
+
+  Args:
+    table: float[G], on every device.
+    ids: int[B].
+
+  Returns:
+    [B]; 0 where an id is outside 0 .. G - 1 (plain indexing would count -1 from the end).
+  """
+  member = ids[:, None] == jnp.arange(table.size)
+  return jnp.sum(jnp.where(member, table, 0), axis=1)
+
+
+def top_share(values: jax.Array, valid: jax.Array, share: float | jax.Array) -> jax.Array:
+  """Which valid entries are among the `share` with the largest values.
+
+  Kept is what is at least the k-th largest, k = ceil(share * number valid) but at least 1, so ties
+  with the k-th are all kept. The k-th largest is found exactly and without a sort, which would
+  gather a sharded array: floats, read as integers, are in order, and each round settles eight bits
+  by counting the entries at or above each of 256 candidates. That is one collective of 1 kB per
+  round, four of them for float32; the first also counts the valid entries.
+
+  Args:
+    values: float, any shape. NaN counts as the largest.
+    valid: bool, same shape.
+    share: in (0, 1]; 1 keeps all. `share * number valid` is rounded up after forgiving the rounding
+      of floats, so that 0.6 of 5 is 3.
+
+  Returns:
+    bool, the shape of the values; all False when nothing is valid.
+  """
+  bits, eps = jnp.finfo(values.dtype).bits, float(jnp.finfo(jnp.float32).eps)
+  unsigned = jnp.dtype(f'uint{bits}')
+  sign = unsigned.type(1 << (bits - 1))
+  raw = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0, values), unsigned)  # -0 is 0
+  keys = jnp.where(raw >= sign, ~raw, raw | sign)  # in the order of the floats
+  keys = jnp.where(jnp.isnan(values), unsigned.type(2**bits - 1), keys)
+  threshold, k = unsigned.type(0), None
+  for shift in range(bits - 8, -1, -8):
+    candidates = threshold | (jnp.arange(256, dtype=unsigned) << shift)
+    counts = jax.vmap(lambda c: jnp.sum(valid & (keys >= c), dtype=jnp.int32))(candidates)
+    if k is None:
+      number = counts[0]  # nothing is below the first candidate, 0
+      least = jnp.ceil(share * number * (1 - 2 * eps)).astype(jnp.int32)
+      k = jnp.where(share >= 1, number, jnp.clip(least, 1, number))
+    threshold |= (jnp.sum(counts >= k) - 1).astype(unsigned) << shift
+  return valid & (keys >= threshold)
+
+
 def replicate(array: jax.Array) -> jax.Array:
   """Gives every device the whole array, where the mesh needs to be told (Explicit axes).
 

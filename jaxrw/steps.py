@@ -4,7 +4,14 @@ shard it.
   loss of a step = sum(base * w * loss) / sum(base)
 
 Sums are carried to one final division, so microbatches, padding and devices cannot change what the
-mean is.
+mean is. What each way to accumulate over M microbatches costs, in forward passes of the whole batch
+(a backward pass is two):
+
+  | scope        | weights compare an example with  | forward | backward | which weightings        |
+  |--------------|----------------------------------|---------|----------|-------------------------|
+  | 'global'     | the whole step                   | 2       | 1        | all (M = 1: 1 forward)  |
+  | 'online'     | the whole step, in one pass      | 1       | 1        | softmax type (KL-DRO)   |
+  | 'microbatch' | its microbatch                   | 1       | 1        | all                     |
 """
 
 from __future__ import annotations
@@ -16,10 +23,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrw import masked
+from jaxrw import masked, selective
 from jaxrw.core import SIGNALS, Weighting, check_signals
+from jaxrw.selective import Keep
 
-Scope = Literal['global', 'microbatch']
+Scope = Literal['global', 'online', 'microbatch']
 ExampleBase = Literal['any', 'tokens']
 Batch = Mapping[str, jax.Array]
 
@@ -42,7 +50,10 @@ _ROW_SIGNALS = {
     )
   },
 }
-_STEP_SIGNALS = ('anchor', 'objective_prob', 'extra')  # whole-step values, passed unsplit
+# Values for the whole step, passed unsplit: to the weighting, and to `row_signals` alone.
+_STEP_SIGNALS = ('anchor', 'objective_prob', 'extra')
+_ROW_SIGNAL_INPUTS = ('direction', 'reference')
+_KEEP_STREAM = 1  # keeps the sampling of rows independent of the weighting's own noise
 
 
 class TrainState(NamedTuple):
@@ -66,8 +77,10 @@ def make_train_step(
   rw: Weighting,
   *,
   batched_loss: Callable[[Any, Batch], Any] | None = None,
+  row_signals: Callable[[Any, Batch, Mapping[str, Any]], Mapping[str, Any]] | None = None,
   microbatches: int = 1,
   scope: Scope = 'global',
+  keep: Keep | None = None,
   example_base: ExampleBase = 'any',
   seed: int = 0,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
@@ -80,22 +93,25 @@ def make_train_step(
     rw: weighting. Its weights are constants for differentiation.
     batched_loss: (params, batch) -> losses [B] or [B, T], or (losses, dict of row signals); used
       when given and must agree with `loss`.
+    row_signals: (params, batch, signals) -> dict of further row signals for the weighting, such as
+      the `alignment` with a direction or reference losses. Nothing is differentiated through them.
     microbatches: M, a count; row i goes to microbatch i mod M on every topology. One optimizer
       update in all.
-    scope: over what weights are normalized. 'global' is the whole step: with M > 1 it costs one
-      more forward pass (about +1/3). 'microbatch' needs none, and weights then compare an example
-      with its microbatch only.
+    scope: over what weights are normalized, and how that is computed; see the table above.
+      'online' needs a weighting of the softmax type (`Weighting.log_weights`).
+    keep: selective backward, see `jaxrw.Keep`; all rows get losses and weights, some a gradient.
     example_base: 'any' gives every non-empty example mass 1; 'tokens' its number of valid tokens.
     seed: the weighting's `key` at a step is fold_in(key(seed), step).
 
   Returns:
     The step. `batch` is a dict of arrays with a common leading axis B. Known leaves: `base`
-    (validity, float[B] or
-      [B, T]; default all ones), `weights` (float[B] or [B, T], the weights a chain starts from),
-      `domain_id`, `example_id`, and any row signal of the weighting. `signals` are values for the
-      whole step: `anchor`, `objective_prob`, `extra`. Metrics are sums (divide them once):
-      `loss_sum` sum(base * loss), `weighted_loss_sum` sum(base * w * loss), `base_sum`;
-      `grad_norm`; and the arrays `losses`, `weights`, `base` of the examples, in row order.
+      (validity, float[B] or [B, T]; default all ones), `weights` (float[B] or [B, T], the weights a
+      chain starts from), `domain_id`, `example_id`, and any row signal of the weighting. `signals`
+      are values for the whole step: `anchor`, `objective_prob`, `extra`; for `row_signals` alone
+      `direction` (a pytree like params) and `reference` (another model's). Metrics are sums (divide
+      them once): `loss_sum` sum(base * loss), `weighted_loss_sum` sum(base * w * loss), `base_sum`;
+      `grad_norm`; the arrays `losses`, `weights`, `base` of the examples, in row order; with `keep`
+      also `overflow`, rows of non-zero weight without gradient.
 
   Raises:
     ValueError, TypeError: on building or tracing, for arguments or batches that do not fit.
@@ -110,111 +126,263 @@ def make_train_step(
     >>> float(metrics['loss_sum'] / metrics['base_sum'])
     3.5
   """
-  if loss is None and batched_loss is None:
-    raise ValueError('give loss(params, example), batched_loss(params, batch), or both')
   if not isinstance(microbatches, int) or microbatches < 1:
     raise ValueError(f'microbatches={microbatches!r} must be a whole number of at least 1')
-  if scope not in ('global', 'microbatch'):
-    raise ValueError(f"scope={scope!r} must be 'global' or 'microbatch'")
+  if scope not in ('global', 'online', 'microbatch'):
+    raise ValueError(f"scope={scope!r} must be 'global', 'online' or 'microbatch'")
+  if scope == 'online' and rw.log_weights is None:
+    raise ValueError(
+      "scope='online' rescales softmax weights as it goes; this weighting is not of that type "
+      "(kl_dro, linupper_stale and their chains are): use scope='global'"
+    )
+  if keep is not None and scope != 'global':
+    raise ValueError(f"keep needs scope='global', not {scope!r}: all weights come first")
+
+  forward = forward_fn(loss, batched_loss, example_base, row_signals)
+  weigh = weigh_fn(rw, seed)
+
+  def gradient(params, batch, step_signals, weights_of):
+    """Gradient of sum(base * w * loss) over some rows; `weights_of(losses, base, row signals)`
+    returns (w, anything). Also (losses, w, base) and that thing."""
+
+    def objective(params):
+      losses, base, signals = forward(params, batch, step_signals)
+      w, more = weights_of(jax.lax.stop_gradient(losses), base, signals)
+      w = jax.lax.stop_gradient(w)
+      return masked.total(losses, base * w), ((losses, w, base), more)
+
+    return jax.grad(objective, has_aux=True)(params)
+
+  def accumulate(params, carry, rows, part):
+    """Sums `part(carry, rows) -> (gradient, factor of the sum so far, carry, outputs)` over the
+    microbatches of `rows`."""
+
+    def body(state, rows):
+      grads, carry = state
+      new, factor, carry, outputs = part(carry, rows)
+      return (jax.tree.map(lambda a, b: a * factor + b, grads, new), carry), outputs
+
+    wide = lambda p: jnp.zeros(p.shape, jnp.promote_types(jnp.float32, p.dtype))
+    start = (jax.tree.map(wide, params), carry)
+    (grads, carry), outputs = jax.lax.scan(body, start, split_rows(rows, microbatches))
+    return grads, carry, join_rows(outputs)
+
+  def weigh_here(state, weighting, batch, step_signals):
+    return lambda losses, base, signals: weigh(
+      weighting, losses, base, batch, signals, state.step, step_signals
+    )
+
+  def one_pass(state, batch, step_signals):
+    grads, (examples, weighting) = gradient(
+      state.params, batch, step_signals, weigh_here(state, state.weighting, batch, step_signals)
+    )
+    return grads, weighting, examples, {}
+
+  def microbatch_scope(state, batch, step_signals):
+    def part(weighting, rows):
+      grads, (examples, weighting) = gradient(
+        state.params, rows, step_signals, weigh_here(state, weighting, rows, step_signals)
+      )
+      return grads, 1, weighting, examples
+
+    return *accumulate(state.params, state.weighting, batch, part), {}
+
+  def online(state, batch, step_signals):
+    """Gradients under unnormalized weights exp(s - m), where m is the largest s so far: the sum so
+    far shrinks when m grows, and is normalized at the end."""
+
+    def part(carry, rows):
+      top, mass, tilted = carry
+
+      def unnormalized(losses, base, signals):
+        incoming = _initial_weights(rows.get('weights'), losses)
+        log_weights = cast(Callable, rw.log_weights)(
+          state.weighting,
+          **_gather_signals(rows, signals, step_signals),
+          losses=losses,
+          base=base,
+          step=state.step,
+        )
+        _, measure = masked.example_level(base, base * incoming)
+        new_top = jnp.maximum(top, jnp.max(jnp.where(measure != 0, log_weights, -jnp.inf)))
+        shift = jnp.where(new_top == -jnp.inf, 0, new_top)
+        tilt = jnp.where(measure != 0, jnp.exp(log_weights - shift), 0)
+        factor = jnp.where(top == -jnp.inf, 0, jnp.exp(top - shift))
+        sums = jnp.sum(jnp.stack([measure, measure * tilt]), axis=1)
+        carry = new_top, mass + sums[0], tilted * factor + sums[1]
+        return incoming * masked.over_tokens(tilt, losses), (factor, carry, signals)
+
+      grads, ((losses, _, base), (factor, carry, signals)) = gradient(
+        state.params, rows, step_signals, unnormalized
+      )
+      return grads, factor, carry, (losses, base, signals)
+
+    zero = jnp.zeros((), jnp.float32)
+    grads, (_, mass, tilted), (losses, base, signals) = accumulate(
+      state.params, (zero - jnp.inf, zero, zero), batch, part
+    )
+    normalizer = masked.divide(mass, tilted)
+    weights, weighting = weigh_here(state, state.weighting, batch, step_signals)(
+      losses, base, signals
+    )
+    grads = jax.tree.map(lambda g: g * normalizer, grads)
+    return grads, weighting, (losses, weights, base), {}
+
+  def forward_all(state, batch, step_signals):
+    """Losses, base and row signals of all rows, without a gradient."""
+    if microbatches == 1:
+      return forward(state.params, batch, step_signals)
+    parts = split_rows(batch, microbatches)
+    return join_rows(jax.lax.map(lambda rows: forward(state.params, rows, step_signals), parts))
+
+  def gradient_under(state, batch, step_signals, weights):
+    """The gradient of rows whose weights are known."""
+
+    def part(carry, rows):
+      rows, w = rows
+      grads, _ = gradient(state.params, rows, step_signals, lambda *_: (w, None))
+      return grads, 1, carry, ()
+
+    if microbatches == 1:
+      return part((), (batch, weights))[0]
+    return accumulate(state.params, (), (batch, weights), part)[0]
+
+  def two_pass(state, batch, step_signals):
+    """All losses first, then weights once over the whole step, then the gradients."""
+    losses, base, signals = forward_all(state, batch, step_signals)
+    weights, weighting = weigh_here(state, state.weighting, batch, step_signals)(
+      losses, base, signals
+    )
+    grads = gradient_under(state, batch, step_signals, weights)
+    return grads, weighting, (losses, weights, base), {}
+
+  def selective_backward(state, batch, step_signals):
+    """Losses and weights of all rows, the gradient of the kept ones."""
+    keep_rows, backward = cast(Keep, keep), None
+
+    def losses_of(params, batch):
+      losses, *more = forward(params, batch, step_signals)
+      return losses, more
+
+    if keep_rows.reuse:
+      losses, (base, signals), backward = selective.kept_gradient(losses_of, state.params, batch)
+    else:
+      losses, base, signals = forward_all(state, batch, step_signals)
+    weights, weighting = weigh_here(state, state.weighting, batch, step_signals)(
+      losses, base, signals
+    )
+    _, mass = masked.example_level(base, base * jnp.abs(weights))
+    key = jax.random.fold_in(_step_key(seed, state.step), _KEEP_STREAM)
+    indices, factors = selective.choose_rows(mass, keep_rows, key)
+    rows, kept_base, kept = selective.take_rows((batch, base, weights), indices)
+    kept = kept * masked.over_tokens(factors.reshape(-1), kept)
+    if backward is not None:
+      grads = backward(indices, jnp.where(kept_base != 0, kept_base * kept, 0))
+    else:
+      grads = gradient_under(state, rows, step_signals, kept)
+    overflow = jnp.sum(mass != 0) - jnp.sum(factors != 0)
+    return grads, weighting, (losses, weights, base), {'overflow': overflow}
+
+  if keep is not None:
+    compute = selective_backward
+  elif microbatches == 1:
+    compute = one_pass
+  else:
+    compute = {'global': two_pass, 'online': online, 'microbatch': microbatch_scope}[scope]
+
+  def step(state: TrainState, batch: Batch, signals: Mapping[str, Any] | None = None):
+    signals = dict(signals or {})
+    _check_step_signals(signals)
+    _check_rows(batch, microbatches, keep)
+    grads, weighting, examples, more = compute(state, batch, signals)
+    state, metrics = finish(tx, state, grads, weighting, *examples)
+    return state, metrics | more
+
+  return step
+
+
+def forward_fn(
+  loss: Callable[[Any, Any], jax.Array] | None,
+  batched_loss: Callable[[Any, Batch], Any] | None,
+  example_base: ExampleBase,
+  row_signals: Callable[[Any, Batch, Mapping[str, Any]], Mapping[str, Any]] | None = None,
+) -> Callable[..., tuple[jax.Array, jax.Array, dict[str, Any]]]:
+  """`forward(params, batch, step signals) -> (losses, base, row signals)` of some rows.
+
+  Losses are float32 or wider; row signals are constants for differentiation.
+  """
+  if loss is None and batched_loss is None:
+    raise ValueError('give loss(params, example), batched_loss(params, batch), or both')
   if example_base not in ('any', 'tokens'):
     raise ValueError(f"example_base={example_base!r} must be 'any' or 'tokens'")
-
   compute_losses = batched_loss or jax.vmap(cast(Callable, loss), in_axes=(None, 0))
 
-  def forward(params, batch):
-    """(losses, base, row signals of the forward pass) of some rows."""
+  def forward(params, batch, step_signals):
     out = compute_losses(params, batch)
     losses, signals = out if isinstance(out, tuple) else (out, {})
     _check_losses(losses, batch)
-    _check_row_signals(signals, losses.shape[0])
+    _check_row_signals('batched_loss', signals, losses.shape[0])
+    if row_signals is not None:
+      more = row_signals(jax.lax.stop_gradient(params), batch, step_signals)
+      _check_row_signals('row_signals', more, losses.shape[0])
+      signals = {**signals, **more}
     losses = losses.astype(jnp.promote_types(jnp.float32, losses.dtype))
-    return losses, base_measure(batch.get('base'), losses, example_base), signals
+    base = base_measure(batch.get('base'), losses, example_base)
+    return losses, base, jax.lax.stop_gradient(dict(signals))
+
+  return forward
+
+
+def weigh_fn(rw: Weighting, seed: int) -> Callable[..., tuple[jax.Array, Any]]:
+  """`weigh(weighting state, losses, base, batch, row signals, step, step signals) -> (weights,
+  weighting state)`, with every signal the weighting may ask for."""
 
   def weigh(weighting, losses, base, batch, row_signals, step, step_signals):
-    """The weights of some rows, constant for differentiation, and the weighting's new state."""
-    weights, weighting = rw.update(
+    return rw.update(
       _initial_weights(batch.get('weights'), losses),
       weighting,
       **_gather_signals(batch, row_signals, step_signals),
       losses=jax.lax.stop_gradient(losses),
       base=base,
       step=step,
-      key=jax.random.fold_in(jax.random.key(seed), step),
+      key=_step_key(seed, step),
     )
-    return jax.lax.stop_gradient(weights), weighting
 
-  def gradient(params, weighting, batch, step, step_signals, weights=None):
-    """Gradient of sum(base * w * loss) over some rows; computes the weights unless they are
-    given."""
+  return weigh
 
-    def objective(params):
-      losses, base, row_signals = forward(params, batch)
-      w, state = weights, weighting
-      if w is None:
-        w, state = weigh(weighting, losses, base, batch, row_signals, step, step_signals)
-      return masked.total(losses, base * w), (state, (losses, w, base))
 
-    return jax.grad(objective, has_aux=True)(params)
+def finish(
+  tx: optax.GradientTransformation,
+  state: TrainState,
+  grads: Any,
+  weighting: Any,
+  losses: jax.Array,
+  weights: jax.Array,
+  base: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """The one division, the optimizer's update and the metrics; `grads` are those of
+  sum(base * w * loss)."""
+  measures = jnp.stack([base, base * weights, base])
+  terms = jnp.where(measures != 0, measures * jnp.stack([losses, losses, jnp.ones_like(losses)]), 0)
+  sums = jnp.sum(terms, axis=tuple(range(1, terms.ndim)))  # one collective for all three
+  per_base = masked.divide(jnp.ones_like(sums[2]), sums[2])
+  grads = jax.tree.map(lambda g, p: (g * per_base).astype(p.dtype), grads, state.params)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  metrics = {
+    'loss_sum': sums[0],
+    'weighted_loss_sum': sums[1],
+    'base_sum': sums[2],
+    'grad_norm': optax.tree.norm(grads),
+    'losses': losses,
+    'weights': weights,
+    'base': base,
+  }
+  return TrainState(state.step + 1, params, opt_state, weighting), metrics
 
-  def one_pass(state, batch, step_signals):
-    return gradient(state.params, state.weighting, batch, state.step, step_signals)
 
-  def accumulated(state, batch, step_signals, weights=None):
-    """Sums the gradients of the microbatches; `weights` [B] are sliced when given."""
-    rows = split_rows((batch, weights), microbatches)
-
-    def body(carry, rows):
-      grads, weighting = carry
-      part, w = rows
-      new, (weighting, examples) = gradient(
-        state.params, weighting, part, state.step, step_signals, w
-      )
-      return (jax.tree.map(jnp.add, grads, new), weighting), examples
-
-    wide = lambda p: jnp.zeros(p.shape, jnp.promote_types(jnp.float32, p.dtype))
-    zeros = jax.tree.map(wide, state.params)
-    (grads, weighting), examples = jax.lax.scan(body, (zeros, state.weighting), rows)
-    return grads, (weighting, join_rows(examples))
-
-  def two_pass(state, batch, step_signals):
-    """All losses first, then weights once over the whole step, then the gradients."""
-    parts = split_rows(batch, microbatches)
-    losses, base, row_signals = join_rows(jax.lax.map(lambda b: forward(state.params, b), parts))
-    weights, weighting = weigh(
-      state.weighting, losses, base, batch, row_signals, state.step, step_signals
-    )
-    grads, (_, examples) = accumulated(state, batch, step_signals, weights)
-    return grads, (weighting, examples)
-
-  many = two_pass if scope == 'global' else accumulated
-  compute = one_pass if microbatches == 1 else many
-
-  def step(state: TrainState, batch: Batch, signals: Mapping[str, Any] | None = None):
-    signals = dict(signals or {})
-    _check_step_signals(signals)
-    _check_rows(batch, microbatches)
-    grads, (weighting, (losses, weights, base)) = compute(state, batch, signals)
-    measures = jnp.stack([base, base * weights, base])
-    terms = jnp.where(
-      measures != 0, measures * jnp.stack([losses, losses, jnp.ones_like(losses)]), 0
-    )
-    sums = jnp.sum(terms, axis=tuple(range(1, terms.ndim)))  # one collective for all three
-    per_base = masked.divide(jnp.ones_like(sums[2]), sums[2])
-    grads = jax.tree.map(lambda g, p: (g * per_base).astype(p.dtype), grads, state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics = {
-      'loss_sum': sums[0],
-      'weighted_loss_sum': sums[1],
-      'base_sum': sums[2],
-      'grad_norm': optax.tree.norm(grads),
-      'losses': losses,
-      'weights': weights,
-      'base': base,
-    }
-    return TrainState(state.step + 1, params, opt_state, weighting), metrics
-
-  return step
+def _step_key(seed: int, step: jax.Array) -> jax.Array:
+  return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def base_measure(
@@ -273,27 +441,24 @@ def _check_losses(losses: jax.Array, batch: Batch) -> None:
     )
 
 
-def _check_row_signals(signals: Mapping[str, Any], rows: int) -> None:
+def _check_row_signals(source: str, signals: Mapping[str, Any], rows: int) -> None:
   if not isinstance(signals, Mapping):
-    raise TypeError(
-      f'batched_loss returned {type(signals).__name__} beside the losses; '
-      'expected a dict of signals'
-    )
+    raise TypeError(f'{source} returned {type(signals).__name__}; expected a dict of row signals')
   for name, value in signals.items():
     if name in SIGNALS and name not in _ROW_SIGNALS.values():
       raise TypeError(
-        f'batched_loss returned the signal {name!r}, which does not come from the forward pass; '
+        f'{source} returned {name!r}, a reserved name that is not one of a row signal; '
         'rename it (your own signals reach the weighting in extra)'
       )
     for leaf in jax.tree.leaves(value):
       if jnp.shape(leaf)[:1] != (rows,):
         raise ValueError(
-          f'batched_loss returned {name!r} with shape {jnp.shape(leaf)}; expected one row for each '
-          f'of the {rows} examples'
+          f'{source} returned {name!r} with shape {jnp.shape(leaf)}; expected one row for each of '
+          f'the {rows} examples'
         )
 
 
-def _check_rows(batch: Batch, microbatches: int) -> None:
+def _check_rows(batch: Batch, microbatches: int, keep: Keep | None) -> None:
   rows = {
     jax.tree_util.keystr(path): leaf.shape[:1]
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
@@ -303,12 +468,14 @@ def _check_rows(batch: Batch, microbatches: int) -> None:
   (count,) = next(iter(rows.values()))
   if count % microbatches:
     raise ValueError(f'a batch of {count} rows does not split into microbatches={microbatches}')
+  if keep is not None:
+    keep.check(count, microbatches)
 
 
 def _check_step_signals(signals: Mapping[str, Any]) -> None:
-  check_signals(signals)
+  check_signals(name for name in signals if name not in _ROW_SIGNAL_INPUTS)
   for name in signals:
-    if name not in _STEP_SIGNALS:
+    if name not in _STEP_SIGNALS + _ROW_SIGNAL_INPUTS:
       raise TypeError(
         f'signal {name!r} has one row per example: pass it as a batch leaf or return it from '
         f'batched_loss; signals= takes {", ".join(_STEP_SIGNALS)}'
@@ -343,7 +510,8 @@ def _gather_signals(batch: Batch, row_signals: Mapping[str, Any], step_signals: 
       signals[name] = value
     else:
       extra[name] = value
-  signals |= {name: value for name, value in step_signals.items() if name != 'extra'}
+  whole_step = {name: v for name, v in step_signals.items() if name not in _ROW_SIGNAL_INPUTS}
+  signals |= {name: value for name, value in whole_step.items() if name != 'extra'}
   if extra:
     signals['extra'] = extra
   return jax.lax.stop_gradient(signals)

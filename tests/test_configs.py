@@ -149,6 +149,8 @@ def test_parse_arg_errors(arg, message):
     ('linupper:0.4', dict(fn='linupper', temperature=0.4, start=50)),
     ('kl_dro:2', dict(fn='kl_dro', temperature=2.0, start=50)),
     ('quadratic', dict(fn='quadratic', temperature=0.4, start=50)),
+    ('trimmed:share=0.5:side=low', dict(fn='trimmed', share=0.5, side='low', start=50)),
+    ('group_dro', dict(fn='group_dro', start=50)),
     (
       'row_shuffled:linupper:1.0',
       dict(fn='row_shuffled', stage=dict(fn='linupper', temperature=1.0), start=50),
@@ -183,12 +185,43 @@ def test_set_weighting_replaces_the_other_stages():
     'linupper:0',
     'linupper:nan',
     'uniform:1',
+    'trimmed:share=',
     'row_shuffled',
   ],
 )
 def test_set_weighting_rejects(spec):
   with pytest.raises(common.ConfigError, match='weighting'):
     common.set_weighting(common.base_config(), spec)
+
+
+def test_set_arm_changes_the_weighting_and_any_key():
+  config = common.base_config()
+  config.lock()
+  common.set_arm(config, 'upper:1.0@keep.rows=8@keep.sampled=true@batch_size=24@optim.clip=0')
+  assert config.w.loss.fn == 'upper'
+  assert config.keep.to_dict() == {'rows': 8, 'groups': 1, 'sampled': True, 'reuse': False}
+  assert (config.batch_size, config.optim.clip) == (24, 0.0)
+  assert isinstance(config.optim.clip, float)
+  config_lib.check(config)
+
+
+@pytest.mark.parametrize(
+  'arm',
+  [
+    'uniform@',
+    'uniform@batch_size',
+    'uniform@batchsize=8',
+    'uniform@keep=8',
+    'uniform@keep.row=8',
+    'uniform@model.n_layer.x=8',
+    'uniform@batch_size=many',
+    'uniform@data.domains=web',
+    'linupper:-1@batch_size=8',
+  ],
+)
+def test_set_arm_rejects(arm):
+  with pytest.raises(common.ConfigError, match=r'arm|weighting|batch_size'):
+    common.set_arm(common.base_config(), arm)
 
 
 def test_base_config_is_fresh_every_time():

@@ -1,10 +1,12 @@
 """Every weighting x every promise."""
 
+import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import jaxrw
-from jaxrw import testing, weights
+from jaxrw import masked, testing, weights
 
 SCHEDULE = jaxrw.temperature_schedule(float('inf'), 0.4, begin=2, steps=10)
 
@@ -22,6 +24,20 @@ CASES = {
   'upper': jaxrw.upper(1.0),
   'upper_sharp': jaxrw.upper(1e-3),
   'kl_dro': jaxrw.kl_dro(1.0),
+  'linupper_stale': jaxrw.linupper_stale(0.4),
+  'trimmed': jaxrw.trimmed(0.6),
+  'trimmed_low': jaxrw.trimmed(0.6, side='low'),
+  'group_dro': jaxrw.group_dro(3, 0.1),
+  'hedge': jaxrw.hedge(16, 6, 0.3),
+  'hedge_smaller': jaxrw.hedge(24, 6, -0.3),
+  'adawac': jaxrw.adawac(16, 0.5),
+  'token_topk': jaxrw.token_topk(0.6),
+  'token_topk_schedule': jaxrw.token_topk(lambda step: 1 - 0.1 * step),
+  'token_topk_all': jaxrw.token_topk(1.0),
+  'learning_to_reweight': jaxrw.learning_to_reweight(),
+  'meta_weight_net': jaxrw.meta_weight_net(optax.adam(1e-3), hidden=8),
+  'adapt': weights.adapt(0.5),
+  'group_advantage': weights.group_advantage(3),
   'cap': jaxrw.cap(1.3),
   'unit_mean': jaxrw.unit_mean(),
   'row_shuffled': jaxrw.row_shuffled(jaxrw.linupper(0.4)),
@@ -29,21 +45,59 @@ CASES = {
   'after_not_yet': jaxrw.after(8, jaxrw.linupper(0.4)),
   'chain': jaxrw.chain(loss=jaxrw.after(3, jaxrw.linupper(0.4)), cap=jaxrw.cap(1.3)),
 }
-ENTRY_LEVEL = {'chain'}  # a cap acts on entries
+
+
+def _reference(signals):
+  losses = signals['losses'].astype(jnp.float32)
+  return {'ref_losses': 1 / (1 + losses**2)}
+
+
+def _of_examples(signals):
+  return masked.example_level(signals['losses'].astype(jnp.float32), signals['base'])[0]
+
+
+def _alignment(signals):
+  return {'alignment': _of_examples(signals) - 1}
+
+
+def _representation(signals):
+  losses = _of_examples(signals)
+  features = jnp.stack([losses, jnp.ones_like(losses), losses**2], axis=1)
+  return {'representation': features, 'anchor': jnp.array([1.0, -2.0, 0.3])}
+
+
+def _rewards(signals):
+  return {'extra': {'rewards': _of_examples(signals)}}
+
+
+# What the promises need to know beside the declaration: by the name of the factory or of the case.
+CLAIMS = {
+  'chain': {'level': 'entry'},  # a cap acts on entries
+  'row_shuffled': {'equivariant': False},
+  'linupper_mask': {'nonfinite': 'mask'},
+  'group_dro': {'ids': 'group_ids'},
+  'hedge': {'ids': 'example_ids', 'table': True},
+  'adawac': {'ids': 'example_ids', 'table': True, 'terms': 2},
+  'learning_to_reweight': {'extra_signals': _alignment},
+  'adapt': {'extra_signals': _representation},
+  'group_advantage': {'extra_signals': _rewards, 'ids': 'group_ids'},
+  'token_topk': {'extra_signals': _reference},
+}
+
+
+def _factory_of(name):
+  """The name of the factory of a case: `token_topk` for `token_topk_all`."""
+  while name and not hasattr(weights, name):
+    name = name.rpartition('_')[0]
+  return name
 
 
 def _claims(name):
-  factory = getattr(weights, name, None) or getattr(weights, name.split('_')[0], None)
-  declaration = getattr(factory, 'declaration', None)
-  level = 'entry' if name in ENTRY_LEVEL else getattr(declaration, 'level', 'example')
+  factory = _factory_of(name)
+  declaration = getattr(getattr(weights, factory, None), 'declaration', None)
+  promised = {key: getattr(declaration, key) for key in ('scale', 'level') if declaration}
   rtol = 1e-2 if name.endswith('sharp') else 2e-5
-  nonfinite = 'mask' if name.endswith('mask') else 'propagate'
-  return {
-    'level': level,
-    'equivariant': name != 'row_shuffled',
-    'rtol': rtol,
-    'nonfinite': nonfinite,
-  }
+  return promised | {'rtol': rtol} | CLAIMS.get(factory, {}) | CLAIMS.get(name, {})
 
 
 @pytest.mark.parametrize('promise', testing.PROMISES)
@@ -65,16 +119,17 @@ def test_every_public_weighting_is_checked_and_declares_itself():
   for name, factory in _factories().items():
     declared = factory.declaration
     assert declared.scale in ('normalized', 'absolute', 'signed'), name
-    assert declared.level in ('example', 'entry'), name
+    assert declared.level in ('example', 'entry', 'token'), name
     assert declared.provenance in ('paper', 'official_code', 'reconstructed', 'ours'), name
     assert declared.source, name
     assert factory.__doc__, name
 
 
-def test_every_public_name_is_a_weighting_its_plain_function_or_a_schedule():
+def test_every_public_name_is_a_weighting_its_plain_function_or_a_helper():
   for name in set(weights.__all__) - set(_factories()):
     stem = name.removesuffix('_weights')
-    assert stem in _factories() or name == 'temperature_schedule', name
+    helpers = {'temperature_schedule', 'anchor_mean', 'pool_positions'}
+    assert stem in _factories() or name in helpers, name
 
 
 @pytest.mark.parametrize(
@@ -98,3 +153,59 @@ def test_a_broken_weighting_is_caught(promise, broken):
   )
   with pytest.raises(AssertionError, match=f'^{promise}: '):
     testing.check_weighting(weighting, promises=[promise])
+
+
+def _mesh_axes():
+  return float(len(jax.sharding.get_abstract_mesh().axis_names))
+
+
+@pytest.mark.parametrize(
+  ('promise', 'broken'),
+  [
+    ('state_is_stable', lambda state, losses, base: state.astype(jnp.bfloat16)),
+    ('padding_is_ignored', lambda state, losses, base: state + losses.sum()),
+    ('jit_and_scan', lambda state, losses, base: state + isinstance(losses, jax.core.Tracer)),
+    ('mesh_parity', lambda state, losses, base: state + _mesh_axes()),
+    ('mesh_parity', lambda state, losses, base: state + base.reshape(16, -1).mean(1)),  # sharded
+  ],
+)
+def test_a_broken_state_is_caught(promise, broken):
+  weighting = jaxrw.Weighting(
+    lambda: jnp.zeros(16), lambda w, state, *, losses, base, **_: (w, broken(state, losses, base))
+  )
+  with pytest.raises(AssertionError, match=f'^{promise}: '):
+    testing.check_weighting(weighting, promises=[promise])
+
+
+@pytest.mark.parametrize(
+  'broken',
+  [
+    lambda w, ids: (w, ids[0]),  # unknown rows move the state
+    lambda w, ids: (2 * w, 0),  # ... do not keep their weight
+    lambda w, ids: (jnp.where(ids < 0, w, w * jnp.sum(ids < 0)), 0),  # ... change those of others
+    lambda w, ids: (w, 0),  # an id out of range goes unnoticed
+    lambda w, ids: (jnp.where((ids < -1) | (ids > 99), jnp.nan, w), 0),  # ... if it is concrete
+  ],
+)
+def test_a_careless_table_is_caught(broken):
+  def update(w, state, *, group_ids, base, **_):
+    out, moved = broken(w, group_ids if w.ndim == 1 else group_ids[:, None])
+    return jnp.where(base > 0, out, 0), state + moved
+
+  weighting = jaxrw.Weighting(lambda: jnp.zeros(()), update)
+  with pytest.raises(AssertionError, match=r'^unknown_ids: '):
+    testing.check_weighting(weighting, ids='group_ids', promises=['unknown_ids'])
+
+
+def test_a_weighting_of_tokens_that_takes_losses_of_examples_is_caught():
+  with pytest.raises(AssertionError, match=r'^token_level: '):
+    testing.check_weighting(jaxrw.uniform(), level='token', promises=['token_level'])
+
+
+def test_a_table_that_leaves_its_layout_is_caught():
+  def update(w, state, **_):
+    return w, jax.lax.with_sharding_constraint(state, jax.P()) if _mesh_axes() else state
+
+  gathered = jaxrw.Weighting(lambda: jnp.zeros(16), update)
+  with pytest.raises(AssertionError, match=r'(?s)^mesh_parity: .*the state left'):
+    testing.check_weighting(gathered, table=True, promises=['mesh_parity'])

@@ -116,7 +116,24 @@ def test_public_names_exist_and_are_listed_once():
   from jaxrw import weights
 
   assert len(set(jaxrw.__all__)) == len(jaxrw.__all__)
-  assert set(weights.__all__) <= set(jaxrw.__all__)
+  assert set(weights.__all__) - set(weights.RECONSTRUCTED) <= set(jaxrw.__all__)
   for name in jaxrw.__all__:
     assert hasattr(jaxrw, name), name
   assert jaxrw.__version__
+
+
+def test_reconstructed_methods_stay_out_of_the_top_namespace():
+  import jaxrw
+  from jaxrw import weights
+
+  provenance = {
+    name: getattr(weights, name).declaration.provenance
+    for name in weights.__all__
+    if hasattr(getattr(weights, name), 'declaration')
+  }
+  rebuilt = {name for name, value in provenance.items() if value == 'reconstructed'}
+  assert rebuilt == set(weights.RECONSTRUCTED) & set(provenance)
+  for name in weights.RECONSTRUCTED:
+    assert name in weights.__all__
+    assert not hasattr(jaxrw, name)
+  jaxrw.from_config(('anchor',), {'anchor': {'fn': 'adapt'}})  # configs find them

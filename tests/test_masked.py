@@ -1,5 +1,10 @@
 """Masked reductions against NumPy on the entries present, on plain, Auto and Explicit arrays."""
 
+import math
+from fractions import Fraction
+
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,3 +117,76 @@ def test_sharded_vectors_reduce_and_sort_alike(axis_type):
   np.testing.assert_array_equal(back, np.sort(base))
   if axis_type == AxisType.Explicit:
     assert back.sharding.spec == PartitionSpec('data')
+
+
+def test_fill_in_completes_and_checks():
+  losses, base, weights = masked.fill_in(jnp.ones(3, jnp.bfloat16), None, None)
+  assert losses.dtype == base.dtype == weights.dtype == jnp.float32
+  np.testing.assert_array_equal(base, np.ones(3))
+  np.testing.assert_array_equal(weights, np.ones(3))
+  with pytest.raises(ValueError, match=r'base has shape \(2,\), losses \(3,\)'):
+    masked.fill_in(losses, jnp.ones(2), None)
+  with pytest.raises(ValueError, match=r'weights has shape \(3, 1\), losses \(3,\)'):
+    masked.fill_in(losses, None, jnp.ones((3, 1)))
+  np.testing.assert_array_equal(
+    jax.grad(lambda x: jnp.sum(masked.fill_in(x, None, None)[0] ** 2))(losses), np.zeros(3)
+  )
+
+
+@pytest.mark.parametrize('axis_type', [None, AxisType.Auto, AxisType.Explicit])
+def test_lookup_is_indexing_with_zero_outside(axis_type):
+  table, ids = jnp.array([1.0, jnp.nan, 3.0]), jnp.array([0, 2, -1, 3, 2, 0, 1, -7])
+  if axis_type is not None:
+    mesh = Mesh(np.asarray(jax.devices()), ('data',), axis_types=(axis_type,))
+    ids = jax.device_put(ids, NamedSharding(mesh, PartitionSpec('data')))
+  found = jax.jit(masked.lookup)(table, ids)
+  np.testing.assert_array_equal(found, [1, 3, 0, 0, 3, 1, np.nan, 0])
+
+
+_top_share = jax.jit(masked.top_share)
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32, jnp.float64])
+@hypothesis.given(
+  values=st.lists(
+    st.one_of(
+      st.floats(allow_nan=False, allow_subnormal=False, width=32), st.sampled_from([0.0, -0.0, 1.0])
+    ),
+    min_size=8,
+    max_size=8,
+  ),
+  valid=st.lists(st.booleans(), min_size=8, max_size=8),
+  share=st.sampled_from([0.01, 0.25, 0.5, 0.6, 0.9, 1.0]),
+)
+@hypothesis.settings(max_examples=80, deadline=None, derandomize=True)
+def test_top_share_is_that_of_a_sort(dtype, values, valid, share):
+  with jax.enable_x64(True):
+    values, valid = jnp.asarray(values, dtype), np.asarray(valid)
+    keep = np.asarray(_top_share(values, valid, share))
+  present = np.asarray(values, np.float64)[valid]
+  expected = np.zeros(8, bool)
+  if present.size:
+    k = max(1, math.ceil(Fraction(str(share)) * present.size))
+    expected = valid & (np.asarray(values, np.float64) >= np.sort(present)[-k])
+  np.testing.assert_array_equal(keep, expected)
+
+
+def test_top_share_counts_exactly_and_forgives_the_rounding_of_the_share():
+  """k = ceil(share * n) for the share as written: 0.6 of 5 is 3, though 0.6 is not a float."""
+  number = np.arange(1, 129)
+  shares = [Fraction(i, 20) for i in range(1, 21)]
+  values = jnp.asarray(np.random.default_rng(0).permutation(128), jnp.float32)
+  count = lambda n, share: jnp.sum(masked.top_share(values, jnp.arange(128) < n, share))
+  table = jax.jit(jax.vmap(jax.vmap(count, (None, 0)), (0, None)))
+  found = table(jnp.asarray(number), jnp.asarray([float(s) for s in shares], jnp.float32))
+  np.testing.assert_array_equal(found, [[math.ceil(s * int(n)) for s in shares] for n in number])
+
+
+def test_top_share_puts_nan_first():
+  values = jnp.array([1.0, -jnp.nan, jnp.inf, jnp.nan])
+  np.testing.assert_array_equal(
+    _top_share(values, values == values, 0.5), [False, False, True, False]
+  )
+  np.testing.assert_array_equal(
+    _top_share(values, jnp.ones(4, bool), 0.5), [False, True, False, True]
+  )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxrw
 
@@ -104,3 +105,45 @@ def test_a_stateful_stage_that_was_not_saved_is_not_made_up(tmp_path):
     ocp.load(tmp_path / 'state', _target(rw))
   with pytest.raises(KeyError, match="no state for stage 'average'"):
     _continue(rw, saved, range(1))
+
+
+def test_tables_and_group_weights_come_back_sharded_and_continue_bit_for_bit(tmp_path):
+  """A table of one row per example, its rows over eight devices, beside a replicated state."""
+  rw = jaxrw.chain(terms=jaxrw.adawac(64, rate=0.5), groups=jaxrw.group_dro(3, rate=0.1))
+  mesh = Mesh(np.asarray(jax.devices()), ('data',), axis_types=(AxisType.Auto,))
+  rows, everywhere = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (('data',), ()))
+
+  def two_losses(params, batch):
+    error = (batch['x'] @ params - batch['y']) ** 2
+    return jnp.stack([error, jnp.abs(batch['x'] @ params)], axis=1)
+
+  def batch_of(step):
+    ids = np.random.default_rng(step).integers(-1, 64, ROWS).astype(np.int32)
+    return jax.device_put(_batch(step) | {'example_id': ids, 'domain_id': ids % 3}, rows)
+
+  create = lambda: _create(rw)
+  shardings = jax.tree.map(lambda _: everywhere, jax.eval_shape(create))
+  shardings.weighting['terms'] = rows
+  step = jax.jit(
+    jaxrw.make_train_step(None, TX, rw, batched_loss=two_losses),
+    out_shardings=(shardings, None),
+  )
+
+  def run(state, steps):
+    for i in steps:
+      state, metrics = step(state, batch_of(i))
+    return state, metrics
+
+  saved, _ = run(jax.jit(create, out_shardings=shardings)(), range(3))
+  ocp.save(tmp_path / 'state', saved)
+  target = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), saved, shardings
+  )
+  restored = ocp.load(tmp_path / 'state', target)
+  assert restored.weighting['terms'].sharding.is_equivalent_to(rows, 2)
+  assert len(np.unique(np.asarray(saved.weighting['terms']), axis=0)) > 8, 'hardly a row moved'
+  jax.tree.map(np.testing.assert_array_equal, restored, saved)
+  from_disk, metrics = run(restored, range(3, 6))
+  from_memory, expected = run(saved, range(3, 6))
+  jax.tree.map(np.testing.assert_array_equal, from_disk, from_memory)
+  np.testing.assert_array_equal(metrics['weights'], expected['weights'])

@@ -8,6 +8,9 @@ Shapes: B rows, T positions, D = n_embd, H heads, L layers, V tokens of vocabula
 have one set of parameters stacked on a leading axis L, which `lax.scan` walks; compile time and
 the size of the program then do not grow with depth. Matmuls run in `cfg.dtype`; parameters, layer
 norms, softmax, logits and losses are float32 whatever it is.
+
+A `probe` (see jaxrw.gradients) reads signals of the rows' gradients in the backward pass. Without
+one, every layer is plain flax.
 """
 
 from __future__ import annotations
@@ -23,8 +26,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from experiments.errors import UserError
-from experiments.mesh import pin_rows
-from jaxrw.losses import cross_entropy
+from experiments.mesh import AXES, pin_rows
+from jaxrw import gradients
+from jaxrw.gradients import Probe
+from jaxrw.losses import chunked_cross_entropy, cross_entropy
+from jaxrw.steps import join_rows, split_rows
 
 Params = dict[str, Any]
 
@@ -50,6 +56,7 @@ class GPT2Config:
     scan: walk the blocks by `lax.scan`; False unrolls them. The numbers agree.
     remat: recompute each block in the backward pass instead of storing its activations.
     attention: 'xla', 'cudnn' (16-bit, NVIDIA only), or 'auto': cudnn where it applies.
+    loss_chunk: positions whose logits exist at a time in `token_losses`; 0 means all T of them.
   """
 
   vocab_size: int
@@ -62,6 +69,7 @@ class GPT2Config:
   scan: bool = True
   remat: bool = False
   attention: str = 'auto'
+  loss_chunk: int = 0
 
   @classmethod
   def from_config(cls, model, *, vocab_size: int, seq_len: int) -> GPT2Config:
@@ -103,6 +111,7 @@ class GPT2Config:
       scan=model.scan,
       remat=model.remat,
       attention=model.attention,
+      loss_chunk=model.loss_chunk,
     )
 
 
@@ -127,38 +136,52 @@ class LayerNorm(nnx.LayerNorm):
   def __init__(self, cfg: GPT2Config, *, rngs: nnx.Rngs):
     super().__init__(cfg.n_embd, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
 
-  def __call__(self, x):
-    return super().__call__(x).astype(x.dtype)
+  def __call__(self, x, probe: Probe | None = None):
+    if probe is None:
+      return super().__call__(x).astype(x.dtype)
+    normed = jax.nn.standardize(x.astype(jnp.float32), epsilon=self.epsilon)
+    return gradients.scale_bias(normed, self.scale[...], self.bias[...], probe).astype(x.dtype)
+
+
+class Linear(nnx.Linear):
+  """Affine map in `cfg.dtype`, [..., D] -> [..., P]."""
+
+  def __call__(self, x, probe: Probe | None = None):
+    if probe is None:
+      return super().__call__(x)
+    return gradients.linear(x, self.kernel[...], self.bias[...], probe)
 
 
 class Attention(nnx.Module):
   """Causal multi-head self-attention, [B, T, D] -> [B, T, D]."""
 
   def __init__(self, cfg: GPT2Config, *, rngs: nnx.Rngs):
-    linear = functools.partial(nnx.Linear, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
+    linear = functools.partial(Linear, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
     self.qkv = linear(cfg.n_embd, 3 * cfg.n_embd, kernel_init=_normal())
     self.out = linear(cfg.n_embd, cfg.n_embd, kernel_init=_normal(_residual_scale(cfg)))
     self.n_head = cfg.n_head
     self.implementation = cfg.attention
 
-  def __call__(self, x):
+  def __call__(self, x, probe: Probe | None = None):
     b, t, d = x.shape
-    q, k, v = jnp.split(self.qkv(x).reshape(b, t, 3 * self.n_head, -1), 3, axis=2)
+    qkv = self.qkv(x, probe and probe.at('qkv'))
+    q, k, v = jnp.split(qkv.reshape(b, t, 3 * self.n_head, -1), 3, axis=2)
     kernel = _attention_kernel(self.implementation, q)
     y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kernel)
-    return self.out(y.reshape(b, t, d))
+    return self.out(y.reshape(b, t, d), probe and probe.at('out'))
 
 
 class MLP(nnx.Module):
   """Two layers with a gelu (tanh form, as GPT-2) between, [B, T, D] -> [B, T, D]."""
 
   def __init__(self, cfg: GPT2Config, *, rngs: nnx.Rngs):
-    linear = functools.partial(nnx.Linear, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
+    linear = functools.partial(Linear, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
     self.up = linear(cfg.n_embd, 4 * cfg.n_embd, kernel_init=_normal())
     self.down = linear(4 * cfg.n_embd, cfg.n_embd, kernel_init=_normal(_residual_scale(cfg)))
 
-  def __call__(self, x):
-    return self.down(jax.nn.gelu(self.up(x), approximate=True))
+  def __call__(self, x, probe: Probe | None = None):
+    h = jax.nn.gelu(self.up(x, probe and probe.at('up')), approximate=True)
+    return self.down(h, probe and probe.at('down'))
 
 
 class Block(nnx.Module):
@@ -169,13 +192,16 @@ class Block(nnx.Module):
     self.ln_2, self.mlp = LayerNorm(cfg, rngs=rngs), MLP(cfg, rngs=rngs)
     self.dropout = cfg.dropout
 
-  def __call__(self, x, key=None):
-    x = x + _dropout(self.attn(self.ln_1(x)), key, 0, self.dropout)
-    return x + _dropout(self.mlp(self.ln_2(x)), key, 1, self.dropout)
+  def __call__(self, x, key=None, probe: Probe | None = None):
+    at = lambda name: probe and probe.at(name)
+    y = self.attn(self.ln_1(x, at('ln_1')), at('attn'))
+    x = x + _dropout(y, key, 0, self.dropout)
+    y = self.mlp(self.ln_2(x, at('ln_2')), at('mlp'))
+    return x + _dropout(y, key, 1, self.dropout)
 
 
 class Ends(nnx.Module):
-  """What is outside the blocks: token and position tables, last norm, and the tied output."""
+  """What is outside the blocks: token and position tables, and the last norm."""
 
   def __init__(self, cfg: GPT2Config, *, rngs: nnx.Rngs):
     self.wte = nnx.Embed(cfg.vocab_size, cfg.n_embd, embedding_init=_normal(), rngs=rngs)
@@ -183,15 +209,13 @@ class Ends(nnx.Module):
     self.ln_f = LayerNorm(cfg, rngs=rngs)
     self.dtype = jnp.dtype(cfg.dtype)
 
-  def embed(self, tokens):
-    """i32[B, T] -> cfg.dtype[B, T, D]."""
-    token_rows = self.wte.embedding[...][tokens]
-    return (token_rows + self.wpe.embedding[: tokens.shape[1]]).astype(self.dtype)
-
-  def logits(self, x):
-    """cfg.dtype[B, T, D] -> f32[B, T, V]. 16-bit inputs, but the products are summed in float32."""
-    table = self.wte.embedding[...].astype(self.dtype)
-    return jnp.einsum('btd,vd->btv', self.ln_f(x), table, preferred_element_type=jnp.float32)
+  def embed(self, tokens, probe: Probe | None = None):
+    """i32[B, T] -> (cfg.dtype[B, T, D], with a probe: its link to the output layer)."""
+    words, positions = self.wte.embedding[...], self.wpe.embedding[...]
+    if probe is None:
+      return (words[tokens] + positions[: tokens.shape[1]]).astype(self.dtype), None
+    x, link = gradients.tied_embedding(words, tokens, probe.at('wte'))
+    return gradients.add_positions(x, positions, probe.at('wpe')).astype(self.dtype), link
 
 
 def _normal(scale: float = 1.0):
@@ -250,7 +274,32 @@ def apply(
   key: jax.Array | None = None,
   mesh: Mesh | None = None,
 ) -> jax.Array:
-  """Next-token logits of every position.
+  """Next-token logits of every position: `logits` of `hidden`, whose arguments these are.
+
+  Returns:
+    f32[B, T, V]; position t depends on tokens 0..t only.
+  """
+  return logits(params, hidden(params, tokens, cfg, key=key, mesh=mesh))
+
+
+def logits(params: Params, x: jax.Array) -> jax.Array:
+  """The output layer, which is the token table: [B, T, D] -> f32[B, T, V].
+
+  16-bit inputs when x is, but the products are summed in float32.
+  """
+  table = params['wte']['embedding'].astype(x.dtype)
+  return jnp.einsum('btd,vd->btv', x, table, preferred_element_type=jnp.float32)
+
+
+def hidden(
+  params: Params,
+  tokens: jax.Array,
+  cfg: GPT2Config,
+  *,
+  key: jax.Array | None = None,
+  mesh: Mesh | None = None,
+) -> jax.Array:
+  """What the output layer reads: the residual stream after the last norm.
 
   Args:
     params: as `init` returns them.
@@ -261,45 +310,97 @@ def apply(
       same without it, but a mesh with fsdp > 1 spends far more on communication.
 
   Returns:
-    f32[B, T, V]; position t depends on tokens 0..t only.
+    cfg.dtype[B, T, D]; position t depends on tokens 0..t only.
   """
+  return _hidden(params, tokens, cfg, key, mesh, None)[0]
+
+
+def _hidden(params, tokens, cfg: GPT2Config, key, mesh: Mesh | None, probe: Probe | None):
+  """(`hidden`, with a probe: the link from the token table as input to itself as output)."""
   if tokens.shape[1] > cfg.max_len:
     raise ValueError(f'{tokens.shape[1]} tokens in a row, but cfg.max_len is {cfg.max_len}')
   ends_graph, block_graph = _graphs(cfg)
   ends = nnx.merge(ends_graph, {name: params[name] for name in ('wte', 'wpe', 'ln_f')})
 
   def block(x, layer):
-    index, arrays = layer
+    index, arrays, directions = layer
+    layer_probe = probe and probe.along(directions)
     layer_key = None if key is None else jax.vmap(lambda k: jax.random.fold_in(k, index))(key)
-    return pin_rows(nnx.merge(block_graph, arrays)(x, layer_key), mesh), None
+    return pin_rows(nnx.merge(block_graph, arrays)(x, layer_key, layer_probe), mesh), None
 
   if cfg.remat:
     # Inside scan the loop itself keeps XLA from undoing the recomputation.
     block = jax.checkpoint(block, prevent_cse=not cfg.scan)
 
-  x = pin_rows(_dropout(ends.embed(tokens), key, cfg.n_layer, cfg.dropout), mesh)
-  layers = (jnp.arange(cfg.n_layer), params['blocks'])
+  x, link = ends.embed(tokens, probe)
+  x = pin_rows(_dropout(x, key, cfg.n_layer, cfg.dropout), mesh)
+  directions = probe.at('blocks').directions if probe else ()
+  layers = (jnp.arange(cfg.n_layer), params['blocks'], directions)
   if cfg.scan:
     x, _ = jax.lax.scan(block, x, layers)
   else:
     for i in range(cfg.n_layer):
       x, _ = block(x, jax.tree.map(lambda leaf: leaf[i], layers))  # noqa: B023
-  return ends.logits(x)
+  return ends.ln_f(x, probe and probe.at('ln_f')), link
 
 
 def token_losses(
-  params: Params, batch: dict[str, jax.Array], cfg: GPT2Config, *, mesh: Mesh | None = None
+  params: Params,
+  batch: dict[str, jax.Array],
+  cfg: GPT2Config,
+  *,
+  mesh: Mesh | None = None,
+  probe: Probe | None = None,
 ) -> jax.Array:
   """Cross entropy of every next token, in nats, unmasked: f32[B, T].
 
   Args:
     batch: `tokens` i32[B, T + 1]; with cfg.dropout > 0 also `dropout_key`, typed keys [B].
     mesh: see `apply`.
+    probe: reads the rows' gradients in the backward pass; the losses are the same.
   """
   tokens = batch['tokens']
   key = batch['dropout_key'] if cfg.dropout > 0 else None
-  logits = apply(params, tokens[:, :-1], cfg, key=key, mesh=mesh)
-  return cross_entropy(logits, tokens[:, 1:])
+  x, link = _hidden(params, tokens[:, :-1], cfg, key, mesh, probe)
+  if probe is not None:
+    return _probed_head(params, x, link, tokens, cfg, probe)
+  labels = tokens[:, 1:]
+  if cfg.loss_chunk == 0:
+    return cross_entropy(logits(params, x), labels)
+  head = functools.partial(chunked_cross_entropy, chunk=cfg.loss_chunk)
+  if mesh is not None and x.shape[0] % mesh.size == 0:
+    # Each device adds up its own chunks' gradients of the table, and all devices' are added once;
+    # the partitioner would send a whole table between devices for every chunk.
+    local, rows = head, P(AXES)
+    head = jax.shard_map(
+      lambda x, table, labels: local(x, jax.lax.pcast(table, AXES, to='varying'), labels),
+      mesh=mesh,
+      in_specs=(rows, P(), rows),
+      out_specs=rows,
+    )
+  return head(x, params['wte']['embedding'], labels)
+
+
+def _probed_head(params, x, link, tokens, cfg: GPT2Config, probe: Probe) -> jax.Array:
+  """Losses [B, T] from the last hidden state; `loss_chunk` bounds the memory of logits here, too.
+
+  A probe needs a row's logits together, so rows are taken a few at a time instead of positions.
+  """
+  table = params['wte']['embedding']
+
+  def losses(rows):
+    x, link, tokens, tap = rows
+    part = dataclasses.replace(probe.at('wte'), tap=tap)
+    return cross_entropy(gradients.tied_head(x, table, tokens[:, :-1], link, part), tokens[:, 1:])
+
+  rows, (count, length, _) = (x, link, tokens, probe.tap), x.shape
+  if cfg.loss_chunk == 0:
+    return losses(rows)
+  local = count // probe.shards
+  enough = lambda parts: local % parts == 0 and parts * cfg.loss_chunk >= length
+  parts = next(filter(enough, range(1, local + 1)), local)
+  losses = jax.checkpoint(losses, prevent_cse=False)
+  return join_rows(jax.lax.map(losses, split_rows(rows, parts)))
 
 
 def example_loss(params: Params, example: dict[str, jax.Array], cfg: GPT2Config) -> jax.Array:

@@ -1,11 +1,22 @@
 """Weightings: for each idea the plain function and its `Weighting` side by side."""
 
+from jaxrw.weights.adapt import adapt, adapt_weights, anchor_mean, pool_positions
+from jaxrw.weights.example_table import adawac, hedge, hedge_weights
+from jaxrw.weights.group_advantage import group_advantage, group_advantage_weights
+from jaxrw.weights.group_dro import group_dro, group_dro_weights
+from jaxrw.weights.learned import (
+  learning_to_reweight,
+  learning_to_reweight_weights,
+  meta_weight_net,
+  meta_weight_net_weights,
+)
 from jaxrw.weights.loss_based import (
   extremes,
   extremes_weights,
   kl_dro,
   kl_dro_weights,
   linupper,
+  linupper_stale,
   linupper_weights,
   quadratic,
   quadratic_weights,
@@ -16,23 +27,55 @@ from jaxrw.weights.loss_based import (
 from jaxrw.weights.row_shuffled import row_shuffled
 from jaxrw.weights.schedules import temperature_schedule
 from jaxrw.weights.shaping import cap, cap_weights, unit_mean, unit_mean_weights
+from jaxrw.weights.token_topk import token_topk, token_topk_weights
+from jaxrw.weights.trimmed import trimmed, trimmed_weights
 
 __all__ = [
+  'adapt',
+  'adapt_weights',
+  'adawac',
+  'anchor_mean',
   'cap',
   'cap_weights',
   'extremes',
   'extremes_weights',
+  'group_advantage',
+  'group_advantage_weights',
+  'group_dro',
+  'group_dro_weights',
+  'hedge',
+  'hedge_weights',
   'kl_dro',
   'kl_dro_weights',
+  'learning_to_reweight',
+  'learning_to_reweight_weights',
   'linupper',
+  'linupper_stale',
   'linupper_weights',
+  'meta_weight_net',
+  'meta_weight_net_weights',
+  'pool_positions',
   'quadratic',
   'quadratic_weights',
   'row_shuffled',
   'temperature_schedule',
+  'token_topk',
+  'token_topk_weights',
+  'trimmed',
+  'trimmed_weights',
   'uniform',
   'unit_mean',
   'unit_mean_weights',
   'upper',
   'upper_weights',
 ]
+
+# Rebuilt without the paper or its code in hand: found here and by configs, not at the top of jaxrw.
+RECONSTRUCTED = (
+  'adapt',
+  'adapt_weights',
+  'anchor_mean',
+  'group_advantage',
+  'group_advantage_weights',
+  'pool_positions',
+)

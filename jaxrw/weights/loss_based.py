@@ -45,7 +45,7 @@ _SMALLEST_RANGE = 1e-6  # a narrower spread of losses is scaled as if it were th
 @declare('normalized', 'entry', 'paper', 'the ordinary mean')
 def uniform() -> Weighting:
   """The ordinary mean: weights pass unchanged, bit for bit."""
-  return stateless(lambda weights, **_: weights)
+  return stateless(lambda weights, **_: weights, lambda *, losses, **_: _no_tilt(losses))
 
 
 def linupper_weights(
@@ -261,7 +261,12 @@ def _tilt(
   return weights * masked.over_tokens(tilt * masked.divide(mass, tilted), weights)
 
 
-def _weighting(function: Callable[..., jax.Array], temperature: Temperature, nonfinite: Nonfinite):
+def _weighting(
+  function: Callable[..., jax.Array],
+  temperature: Temperature,
+  nonfinite: Nonfinite,
+  log_weights: Callable[..., jax.Array] | None = None,
+) -> Weighting:
   """The stage of a plain weight function; the temperature may follow the step."""
   check_positive(temperature=temperature)
 
@@ -269,7 +274,7 @@ def _weighting(function: Callable[..., jax.Array], temperature: Temperature, non
     r = at_step(temperature, step, 'temperature')
     return function(losses, r, base=base, weights=weights, nonfinite=nonfinite)
 
-  return stateless(update)
+  return stateless(update, log_weights)
 
 
 @declare('normalized', 'example', 'paper', _PAPER)
@@ -298,5 +303,61 @@ def upper(temperature: Temperature = 1.0, nonfinite: Nonfinite = 'propagate') ->
 
 @declare('normalized', 'example', 'paper', _PAPER)
 def kl_dro(temperature: Temperature = 1.0, nonfinite: Nonfinite = 'propagate') -> Weighting:
-  """Stage of `kl_dro_weights`; the temperature may be a schedule, a function of the step."""
-  return _weighting(kl_dro_weights, temperature, nonfinite)
+  """Stage of `kl_dro_weights`; the temperature may be a schedule, a function of the step. Of the
+  softmax type: one pass over microbatches gives its exact global gradient."""
+
+  def log_weights(*, losses, base=None, step=None, **_):
+    scores, valid, *_ = _prepare(losses, base, None, nonfinite)
+    r = jnp.asarray(at_step(temperature, step, 'temperature'), scores.dtype)
+    return jnp.where(valid, scores / r, -jnp.inf)
+
+  return _weighting(kl_dro_weights, temperature, nonfinite, log_weights)
+
+
+@declare('normalized', 'example', 'ours', _PAPER)
+def linupper_stale(temperature: Temperature = 1.0) -> Weighting:
+  """LinUpper with the range (min, max) of the losses of the step before: h is clipped to [-1, 1].
+
+  Then a weight, up to the normalizer, depends on its own loss only, so that one pass over
+  microbatches gives the exact global gradient of these weights (`make_train_step` with scope
+  'online'); plain LinUpper needs all losses first, one more forward pass. The first step, without a
+  range, is uniform. State: the range, float32[2].
+
+  Example:
+    >>> import jax.numpy as jnp, jaxrw
+    >>> rw = jaxrw.linupper_stale(0.4)
+    >>> losses = jnp.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    >>> w, state = rw.update(jnp.ones(5), rw.init(), losses=losses)
+    >>> w, state = rw.update(jnp.ones(5), state, losses=losses - 1)
+    >>> [round(float(x), 3) for x in w], [float(x) for x in state]
+    ([0.714, 1.071, 1.071, 1.071, 1.071], [3.0, 7.0])
+  """
+  check_positive(temperature=temperature)
+
+  def scores_of(losses, base, state):
+    example_losses, valid, base, _ = _prepare(losses, base, None, 'propagate')
+    low, high = state
+    spread = jnp.maximum(high - low, _SMALLEST_RANGE)
+    h = ((example_losses - low) - (high - example_losses)) / spread
+    h = jnp.where(low <= high, jnp.clip(h, -1, 1), example_losses * 0)  # * 0 keeps a NaN
+    return jnp.minimum(h, 0), example_losses, valid
+
+  def log_weights(state, *, losses, base=None, step=None, **_):
+    scores, _, valid = scores_of(losses, base, state)
+    r = jnp.asarray(at_step(temperature, step, 'temperature'), scores.dtype)
+    return jnp.where(valid, scores / r, -jnp.inf)
+
+  def update(weights, state, *, losses, base=None, step=None, **_):
+    scores, example_losses, valid = scores_of(losses, base, state)
+    base = jnp.ones_like(weights) if base is None else base
+    r = at_step(temperature, step, 'temperature')
+    weights = _tilt(scores, r, valid, base, weights, shift=True)
+    seen = jnp.stack(masked.min_max(example_losses, valid)).astype(jnp.float32)
+    # A broken or empty batch must not spoil the range of the steps to come.
+    return weights, jnp.where(jnp.all(jnp.isfinite(seen)) & jnp.any(valid), seen, state)
+
+  return Weighting(lambda: jnp.array([jnp.inf, -jnp.inf], jnp.float32), update, log_weights)
+
+
+def _no_tilt(losses: jax.Array) -> jax.Array:
+  return jnp.zeros(losses.shape[:1], jnp.float32)

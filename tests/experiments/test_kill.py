@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from experiments import checkpoints, files, metrics, train
@@ -43,6 +44,7 @@ def start(setup, workdir: Path, *, processes: int = 1) -> list[subprocess.Popen]
     *(sys.executable, '-m', 'experiments.main', f'--config=configs/lm.py:path={corpus},quick'),
     *(f'--workdir={workdir}', f'--config.total_steps={STEPS}', '--config.checkpoint.every=5'),
     *('--config.eval.every=20', '--noconfig.log.tensorboard'),
+    '--config.log.ledger',
   ]
   if processes == 1:
     members = [[]]
@@ -107,8 +109,10 @@ def outcome(setup, workdir: Path) -> tuple:
   with checkpoints.Checkpoints(workdir / 'checkpoints') as saved:
     state, data_state, _ = saved.restore(run.abstract_state, STEPS)
   final = files.read_json(workdir / 'result.json')['final']
+  parts = sorted((workdir / 'ledger').iterdir())
+  ledger = [(part.name, pq.read_table(part).to_pylist()) for part in parts]
   return (
-    *(records, metrics.read_jsonl(workdir / 'examples.jsonl'), final, data_state),
+    *(records, metrics.read_jsonl(workdir / 'examples.jsonl'), ledger, final, data_state),
     jax.tree.map(np.asarray, state),
   )
 

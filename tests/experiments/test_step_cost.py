@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import jaxrw
+from experiments import dry_run, plots
 from experiments.bench import step_cost
+from experiments.models import gpt2
 from tests.experiments import small
 
 
@@ -19,7 +24,7 @@ def test_linupper_adds_two_tiny_collectives_and_no_matmul(config):
   uniform, same, linupper = step_cost.count(
     config, ['uniform', 'uniform', 'linupper:0.4'], jax.devices()[:8]
   )
-  assert uniform == same
+  assert {**uniform, 'build_seconds': 0} == {**same, 'build_seconds': 0}
   assert linupper['matmul_flops'] == uniform['matmul_flops'] > 0
   assert [(c['kind'], c['bytes'], c['count']) for c in linupper['extra']] == [
     ('all-reduce', 8, 1),  # max of the pair (l, -l)
@@ -27,32 +32,98 @@ def test_linupper_adds_two_tiny_collectives_and_no_matmul(config):
   ]
 
 
-def test_global_scope_costs_one_more_forward_pass(config):
-  whole, by_microbatch, in_all = step_cost.count_accumulation(
-    config, 'linupper:0.4', 2, jax.devices()[:1]
+def test_accumulation_costs_a_forward_pass_unless_one_pass_will_do(config):
+  rows = step_cost.count_accumulation(
+    config, ['linupper:0.4', 'linupper_stale:0.4'], 2, jax.devices()[:1]
   )
-  assert by_microbatch['matmul_flops'] == whole['matmul_flops']
-  extra = in_all['matmul_flops'] / whole['matmul_flops']
-  assert extra == pytest.approx(4 / 3, rel=0.02)
+  flops = {
+    (row['weighting'], row['microbatches'], row['scope']): row['matmul_flops'] for row in rows
+  }
+  for arm in ('linupper:0.4', 'linupper_stale:0.4'):
+    whole = flops[arm, 1, 'global']
+    assert flops[arm, 2, 'microbatch'] == whole
+    assert flops[arm, 2, 'global'] / whole == pytest.approx(4 / 3, rel=0.02)
+  assert flops['linupper_stale:0.4', 2, 'online'] == flops['linupper_stale:0.4', 1, 'global']
+  assert ('linupper:0.4', 2, 'online') not in flops
+  assert 'linupper_stale:0.4    2  online' in step_cost.format_accumulation(rows)
+
+
+def test_growth_is_linear_in_the_batch_and_shared_by_devices(config):
+  rows = step_cost.count_growth(config, ['uniform'], jax.devices()[:2])
+  flops = {(r['batch_size'], r['seq_len'], r['devices']): r['matmul_flops'] for r in rows}
+  batch, length = config.batch_size, config.data.seq_len
+  assert flops[2 * batch, length, 1] == 2 * flops[batch, length, 1]
+  assert flops[batch, length // 2, 1] < flops[batch, length, 1] / 2  # attention is quadratic
+  assert flops[batch, length, 2] == flops[batch, length, 1] / 2
+  assert len(step_cost.format_growth(rows).splitlines()) == 2 + len(rows)
 
 
 def test_times_come_with_intervals(config):
   rows = step_cost.measure(config, ['uniform', 'linupper:0.4'], 3, jax.devices()[:1])
   assert rows[0]['ratio'] == 1.0
   assert rows[1]['low'] < rows[1]['ratio'] < rows[1]['high']
+  assert rows[0]['tokens_per_s'] > 0
+  assert f'[{rows[1]["low"]:.4f}, {rows[1]["high"]:.4f}]' in step_cost.format_times(rows)
 
 
-def test_the_tables_name_what_is_extra():
-  counts = {'devices': 8, 'matmul_flops': 2e6, 'temp_bytes': 3e6, 'collectives': 5}
+def _record(flops=2e6, ratio=1.01):
+  counts = {'devices': 8, 'matmul_flops': flops, 'temp_bytes': 3e6, 'collectives': 5}
   extra = {'kind': 'all-reduce', 'bytes': 8, 'count': 1, 'name': 'reduce_max'}
-  counted = [{'weighting': 'uniform', 'extra': [], **counts}]
-  counted.append({'weighting': 'linupper:0.4', 'extra': [extra], **counts})
-  times = {'rounds': 9, 'median_ms': 5.0, 'ratio': 1.01, 'low': 0.99, 'high': 1.03}
-  accumulated = {'weighting': 'linupper:0.4', 'scope': 'global', 'matmul_flops': 2e6}
-  table = step_cost.format_table(
-    counted,
-    [{'weighting': row['weighting'], **times} for row in counted],
-    [{'microbatches': m, 'temp_bytes': 3e6, **accumulated} for m in (1, 4)],
+  times = {'rounds': 9, 'low': ratio - 0.02, 'ratio': ratio, 'high': ratio + 0.02}
+  names = ('uniform', 'linupper:0.4')
+  return {
+    'counts': [
+      {'weighting': n, 'extra': [extra] * i, 'build_seconds': 1.0, **counts}
+      for i, n in enumerate(names)
+    ],
+    'times': [{'weighting': n, **times} for n in names],
+  }
+
+
+def test_the_table_names_what_is_extra():
+  assert '1 x all-reduce of 8 B (reduce_max)' in step_cost.format_counts(_record()['counts'])
+
+
+def test_a_baseline_shows_what_changed():
+  text, grew = step_cost.compare(_record(), _record())
+  assert not grew
+  assert 'no exact count grew' in text
+  assert '1.0100 -> 1.0100, same within the intervals' in text
+  text, grew = step_cost.compare(_record(flops=3e6, ratio=1.2), _record())
+  assert grew
+  assert 'linupper:0.4 8: matmul_flops 2,000,000.0 -> 3,000,000.0' in text
+  assert '1.0100 -> 1.2000, differs' in text
+  text, grew = step_cost.compare(_record(flops=1e6), _record())
+  assert not grew
+  assert '2,000,000.0 -> 1,000,000.0' in text
+  assert step_cost.compare(_record(), {})[0].count('new') == 2
+
+
+def test_the_plot_is_a_picture():
+  draw = lambda: plots.draw_step_cost(_record(), plots.LIGHT)
+  assert plots.draw_png(draw, plots.LIGHT).startswith(b'\x89PNG')
+
+
+def test_the_peer_is_the_same_model(config):
+  torch = pytest.importorskip('torch')
+  from experiments.bench import torch_peer
+
+  run = step_cost.build(config, 'linupper:0.4', jax.devices()[:1])
+  batch, state = dry_run.any_batch(run), run.init()
+  tokens = torch.from_numpy(np.array(batch['tokens'], np.int64))
+  with torch.no_grad():
+    theirs = torch_peer.load(state.params, run.model, 'cpu')(tokens).numpy()
+  ours = gpt2.token_losses(state.params, batch, run.model)
+  np.testing.assert_allclose(theirs, ours, rtol=1e-4)
+  losses = torch.from_numpy(theirs.mean(1))
+  np.testing.assert_allclose(
+    torch_peer.linupper(losses, 0.4).numpy(),
+    jaxrw.linupper_weights(jnp.asarray(losses.numpy()), 0.4),
+    rtol=1e-4,
   )
-  assert '1 x all-reduce of 8 B (reduce_max)' in table
-  assert '[0.9900, 1.0300]' in table
+  # One step of both from the same parameters; the batch is full, so the mean is the mean.
+  step = torch_peer.make_step(
+    state.params, run.model, run.config.optim, 0.4, device='cpu', compiled=False
+  )
+  weights = np.asarray(jaxrw.linupper_weights(jnp.mean(ours, axis=1), 0.4))
+  assert step(tokens) == pytest.approx(float(np.mean(weights * np.mean(ours, axis=1))), rel=1e-4)
