@@ -81,6 +81,8 @@ def make_train_step(
   microbatches: int = 1,
   scope: Scope = 'global',
   keep: Keep | None = None,
+  probed_loss: Callable[[Any, Batch, Any], jax.Array] | None = None,
+  probe_shards: int = 1,
   example_base: ExampleBase = 'any',
   seed: int = 0,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
@@ -100,6 +102,11 @@ def make_train_step(
     scope: over what weights are normalized, and how that is computed; see the table above.
       'online' needs a weighting of the softmax type (`Weighting.log_weights`).
     keep: selective backward, see `jaxrw.Keep`; all rows get losses and weights, some a gradient.
+    probed_loss: (params, batch, probe) -> the losses of `batched_loss` from layers that take a
+      probe (`jaxrw.gradients`). Then the backward pass of the step also gives `row_grad_norms` [B]
+      and, with the signal `direction`, `row_alignment` [B]: of each row's own term
+      base * w * loss / sum(base), so that the alignments add up to that of the step's gradient.
+    probe_shards: devices that share the rows, for `probed_loss`.
     example_base: 'any' gives every non-empty example mass 1; 'tokens' its number of valid tokens.
     seed: the weighting's `key` at a step is fold_in(key(seed), step).
 
@@ -138,20 +145,44 @@ def make_train_step(
   if keep is not None and scope != 'global':
     raise ValueError(f"keep needs scope='global', not {scope!r}: all weights come first")
 
+  if probed_loss is not None and (keep is not None or scope == 'online'):
+    raise ValueError(
+      'probed_loss needs a backward pass of all rows under their weights: leave out '
+      "keep, and use scope='global' or 'microbatch'"
+    )
+
   forward = forward_fn(loss, batched_loss, example_base, row_signals)
   weigh = weigh_fn(rw, seed)
 
   def gradient(params, batch, step_signals, weights_of):
     """Gradient of sum(base * w * loss) over some rows; `weights_of(losses, base, row signals)`
-    returns (w, anything). Also (losses, w, base) and that thing."""
+    returns (w, anything). Also (losses, w, base), what a probe read, and that thing."""
 
-    def objective(params):
+    def objective(params, forward):
       losses, base, signals = forward(params, batch, step_signals)
       w, more = weights_of(jax.lax.stop_gradient(losses), base, signals)
       w = jax.lax.stop_gradient(w)
       return masked.total(losses, base * w), ((losses, w, base), more)
 
-    return jax.grad(objective, has_aux=True)(params)
+    if probed_loss is None:
+      grads, (examples, more) = jax.grad(objective, has_aux=True)(params, forward)
+      return grads, examples, {}, more
+
+    from jaxrw import gradients  # here, because it imports this module
+
+    def probed(params, probe):
+      losses = lambda params, batch: probed_loss(params, batch, probe)
+      return objective(params, forward_fn(None, losses, example_base, row_signals))
+
+    directions = (step_signals['direction'],) if 'direction' in step_signals else ()
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    probe = gradients.make_probe(rows, directions, shards=probe_shards)
+    read = gradients.probed_value_and_grad(probed, has_aux=True)
+    (_, (examples, more)), grads, readings = read(params, probe)
+    named = {'row_grad_norms': jnp.sqrt(readings.squared_norms)}
+    if directions:
+      named['row_alignment'] = readings.products[:, 0]
+    return grads, examples, named, more
 
   def accumulate(params, carry, rows, part):
     """Sums `part(carry, rows) -> (gradient, factor of the sum so far, carry, outputs)` over the
@@ -173,19 +204,20 @@ def make_train_step(
     )
 
   def one_pass(state, batch, step_signals):
-    grads, (examples, weighting) = gradient(
+    grads, examples, readings, weighting = gradient(
       state.params, batch, step_signals, weigh_here(state, state.weighting, batch, step_signals)
     )
-    return grads, weighting, examples, {}
+    return grads, weighting, examples, readings
 
   def microbatch_scope(state, batch, step_signals):
     def part(weighting, rows):
-      grads, (examples, weighting) = gradient(
+      grads, examples, readings, weighting = gradient(
         state.params, rows, step_signals, weigh_here(state, weighting, rows, step_signals)
       )
-      return grads, 1, weighting, examples
+      return grads, 1, weighting, (examples, readings)
 
-    return *accumulate(state.params, state.weighting, batch, part), {}
+    grads, weighting, outputs = accumulate(state.params, state.weighting, batch, part)
+    return grads, weighting, *outputs
 
   def online(state, batch, step_signals):
     """Gradients under unnormalized weights exp(s - m), where m is the largest s so far: the sum so
@@ -212,7 +244,7 @@ def make_train_step(
         carry = new_top, mass + sums[0], tilted * factor + sums[1]
         return incoming * masked.over_tokens(tilt, losses), (factor, carry, signals)
 
-      grads, ((losses, _, base), (factor, carry, signals)) = gradient(
+      grads, (losses, _, base), _, (factor, carry, signals) = gradient(
         state.params, rows, step_signals, unnormalized
       )
       return grads, factor, carry, (losses, base, signals)
@@ -236,16 +268,18 @@ def make_train_step(
     return join_rows(jax.lax.map(lambda rows: forward(state.params, rows, step_signals), parts))
 
   def gradient_under(state, batch, step_signals, weights):
-    """The gradient of rows whose weights are known."""
+    """The gradient of rows whose weights are known, and what a probe read."""
 
     def part(carry, rows):
       rows, w = rows
-      grads, _ = gradient(state.params, rows, step_signals, lambda *_: (w, None))
-      return grads, 1, carry, ()
+      grads, _, readings, _ = gradient(state.params, rows, step_signals, lambda *_: (w, None))
+      return grads, 1, carry, readings
 
     if microbatches == 1:
-      return part((), (batch, weights))[0]
-    return accumulate(state.params, (), (batch, weights), part)[0]
+      grads, _, _, readings = part((), (batch, weights))
+    else:
+      grads, _, readings = accumulate(state.params, (), (batch, weights), part)
+    return grads, readings
 
   def two_pass(state, batch, step_signals):
     """All losses first, then weights once over the whole step, then the gradients."""
@@ -253,8 +287,8 @@ def make_train_step(
     weights, weighting = weigh_here(state, state.weighting, batch, step_signals)(
       losses, base, signals
     )
-    grads = gradient_under(state, batch, step_signals, weights)
-    return grads, weighting, (losses, weights, base), {}
+    grads, readings = gradient_under(state, batch, step_signals, weights)
+    return grads, weighting, (losses, weights, base), readings
 
   def selective_backward(state, batch, step_signals):
     """Losses and weights of all rows, the gradient of the kept ones."""
@@ -279,7 +313,7 @@ def make_train_step(
     if backward is not None:
       grads = backward(indices, jnp.where(kept_base != 0, kept_base * kept, 0))
     else:
-      grads = gradient_under(state, rows, step_signals, kept)
+      grads, _ = gradient_under(state, rows, step_signals, kept)
     overflow = jnp.sum(mass != 0) - jnp.sum(factors != 0)
     return grads, weighting, (losses, weights, base), {'overflow': overflow}
 
@@ -296,6 +330,9 @@ def make_train_step(
     _check_rows(batch, microbatches, keep)
     grads, weighting, examples, more = compute(state, batch, signals)
     state, metrics = finish(tx, state, grads, weighting, *examples)
+    for name in ('row_grad_norms', 'row_alignment'):
+      if name in more:
+        more[name] = masked.divide(more[name], metrics['base_sum'])
     return state, metrics | more
 
   return step
