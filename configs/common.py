@@ -86,6 +86,9 @@ def base_config() -> ConfigDict:
   config.reference = ''  # a finished run whose model gives the signal ref_losses; one more forward
   # Selective backward (jaxrw.Keep): rows of each group with a gradient; 0 means all rows.
   config.keep = ConfigDict(dict(rows=0, groups=1, sampled=False, reuse=False))
+  # The ledger's target_dot: how far each example pulls towards the gradient on `blocks` blocks of a
+  # domain's eval.split, read every so many steps; empty: none. Training does not see it.
+  config.target = ConfigDict(dict(domain='', every=50, blocks=32))
   config.w = ConfigDict(dict(loss=dict(fn='linupper', temperature=PAPER_TEMPERATURE, start=50)))
   config.mesh = ConfigDict(dict(data=-1, fsdp=1))  # -1: all remaining devices
   # max_blocks counts per domain; 0 means all.
@@ -242,5 +245,6 @@ def quick(config: ConfigDict) -> ConfigDict:
       stage.start = min(stage.start, 2)
   config.eval.update(every=2, batch_size=8, max_blocks=2)
   config.checkpoint.every = 2
+  config.target.every = 2
   config.log.every = 1
   return config

@@ -206,6 +206,17 @@ def _check_together(config: ConfigDict) -> None:
       f'config.optim.warmup_steps={optim.warmup_steps} and decay_steps={optim.decay_steps} do not '
       f'fit into config.total_steps={config.total_steps}'
     )
+  if config.target.domain:
+    if config.keep.rows or config.scope == 'online':
+      raise UserError(
+        f'config.target.domain={config.target.domain!r} needs a backward pass of all rows under '
+        "their weights: leave out config.keep, and use scope='global' or 'microbatch'"
+      )
+    if config.checkpoint.every % config.target.every:
+      raise UserError(
+        f'config.checkpoint.every={config.checkpoint.every} must be a multiple of '
+        f'config.target.every={config.target.every}, so that a resumed run reads the same target'
+      )
   if config.mesh.data == config.mesh.fsdp == -1:
     raise UserError('config.mesh.data=-1 and config.mesh.fsdp=-1: only one may take all the rest')
 

@@ -16,7 +16,8 @@ def describe(run: Run) -> str:
   batch = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), any_batch(run)
   )
-  costs = compiled.costs(run.train_step.lower(run.abstract_state, batch, run.signals).compile())
+  signals = jax.eval_shape(run.signals, run.abstract_state.params)
+  costs = compiled.costs(run.train_step.lower(run.abstract_state, batch, signals).compile())
   planned = pipeline.planned_examples(
     corpus,
     batch_size=config.batch_size,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import platform
 import time
@@ -44,7 +45,8 @@ class Run:
     init: () -> state, already laid out over the mesh.
     step: (state, batch, signals) -> (state, metrics), what `jaxrw.make_train_step` returned; not
       jitted.
-    signals: what `train_step` takes beside state and batch: {} or the reference's parameters.
+    signals: (params) -> what `train_step` takes beside state and batch: the reference's parameters,
+      the gradient on the target domain, or nothing; `config.target.every` steps apart.
     train_step: (state, batch, signals) -> (state, record), jitted; the state is donated.
     eval_step: (params, batch) -> float32[G, 3]; see `experiments.evaluators.language`.
   """
@@ -59,7 +61,7 @@ class Run:
   abstract_state: jaxrw.TrainState
   init: Callable[[], jaxrw.TrainState]
   step: Callable[..., Any]
-  signals: dict[str, Any]
+  signals: Callable[[Any], dict[str, Any]]
   train_step: Callable[..., Any]
   eval_step: Callable[..., jax.Array]
 
@@ -95,6 +97,12 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
       ref_losses = gpt2.token_losses(whole_step['reference'], batch, reference, mesh=mesh)
       return {'ref_losses': ref_losses}
 
+  probed_loss = None
+  if config.target.domain:
+    probed_loss = lambda params, batch, probe: gpt2.token_losses(
+      params, batch, model, mesh=mesh, probe=probe
+    )
+
   def init():
     params = gpt2.init(jax.random.key(config.seed), model)
     return jaxrw.TrainState.create(params, tx, weighting)
@@ -106,6 +114,8 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
     batched_loss=lambda params, batch: gpt2.token_losses(params, batch, model, mesh=mesh),
     row_signals=row_signals,
     keep=keep,
+    probed_loss=probed_loss,
+    probe_shards=mesh.size,
     microbatches=config.microbatches,
     scope=config.scope,
     example_base=config.example_base,
@@ -127,6 +137,12 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
   )
 
   shapes = jax.eval_shape(init)
+  if config.target.domain:
+    direction = target_direction(config, corpus, eval_model, mesh, layout(shapes.params))
+    read_signals = lambda params: {**whole_step, 'direction': direction(params)}
+    signal_shapes = {**whole_step, 'direction': shapes.params}
+  else:
+    read_signals, signal_shapes = lambda params: whole_step, whole_step
   shardings = layout(shapes)
   rows, whole = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
   return Run(
@@ -142,15 +158,39 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
     ),
     init=jax.jit(init, out_shardings=shardings),
     step=step,
-    signals=whole_step,
+    signals=read_signals,
     train_step=jax.jit(
       train_step,
-      in_shardings=(shardings, rows, layout(whole_step)),
+      in_shardings=(shardings, rows, layout(signal_shapes)),
       out_shardings=(shardings, whole),
       donate_argnums=0,
     ),
     eval_step=jax.jit(eval_step, in_shardings=(shardings.params, rows), out_shardings=whole),
   )
+
+
+def target_direction(
+  config: Any, corpus: corpus_lib.Corpus, model: gpt2.GPT2Config, mesh: Any, layout: Any
+) -> Callable[[Any], Any]:
+  """(params) -> gradient of the mean token loss on some blocks of `config.target.domain`."""
+  batch = pipeline.domain_batch(
+    corpus,
+    config.target.domain,
+    split=config.eval.split,
+    blocks=config.target.blocks,
+    multiple=mesh.size,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  batch = mesh_lib.to_global(batch, mesh)
+
+  def loss(params, batch):
+    return jaxrw.masked.mean(gpt2.token_losses(params, batch, model, mesh=mesh), batch['base'])
+
+  gradient = jax.jit(
+    functools.partial(jaxrw.gradients.target_direction, loss), out_shardings=layout
+  )
+  return lambda params: gradient(params, batch)
 
 
 def summarize_step(
@@ -161,13 +201,17 @@ def summarize_step(
   Returns:
     loss, weighted_loss, grad_norm, effective_fraction, entropy, max_share: float32[];
     domains: float32[G, 3], sums of base, base * loss and base * weight;
-    examples: example_id int32[B], loss and weight float32[B], in row order.
+    examples: example_id int32[B], loss and weight float32[B], in row order; target_dot float32[B]
+      where the step reads it.
   """
   base = step_metrics['base']
   losses, example_base = jaxrw.masked.example_level(step_metrics['losses'], base)
   weights, _ = jaxrw.masked.example_level(step_metrics['weights'], base)
   rows = jnp.stack([jnp.ones_like(losses), losses, weights], axis=1) * example_base[:, None]
   summary = jaxrw.diagnostics.summarize(step_metrics['weights'], base)
+  examples = {'example_id': batch['example_id'], 'loss': losses, 'weight': weights}
+  if 'row_alignment' in step_metrics:
+    examples['target_dot'] = step_metrics['row_alignment']
   return {
     'loss': jaxrw.masked.divide(step_metrics['loss_sum'], step_metrics['base_sum']),
     'weighted_loss': jaxrw.masked.divide(
@@ -176,7 +220,7 @@ def summarize_step(
     'grad_norm': step_metrics['grad_norm'],
     **summary._asdict(),
     'domains': jaxrw.diagnostics.group_sums(rows, batch['domain_id'], num_domains),
-    'examples': {'example_id': batch['example_id'], 'loss': losses, 'weight': weights},
+    'examples': examples,
   }
 
 
@@ -226,9 +270,11 @@ def _train(run: Run, workdir: Path, primary: bool) -> dict:
     log = stack.enter_context(
       StepLog(config, run.corpus, run.schedule, workdir, start, flops_per_token(run), primary)
     )
-    evaluated = None
+    evaluated, signals_now = None, None
     for step in range(start + 1, config.total_steps + 1):
-      state, record = run.train_step(state, run.to_global(next(data)), run.signals)
+      if signals_now is None or (step - 1) % config.target.every == 0:
+        signals_now = run.signals(state.params)
+      state, record = run.train_step(state, run.to_global(next(data)), signals_now)
       log.step(step, record)
       last = step == config.total_steps
       if last or step % config.eval.every == 0:

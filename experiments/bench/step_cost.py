@@ -97,7 +97,8 @@ def costs_of(run):
 
   step = jax.jit(run.step, donate_argnums=0)
   batch = dry_run.any_batch(run)
-  return compiled.costs(step.lower(run.abstract_state, batch, run.signals).compile())
+  signals = jax.eval_shape(run.signals, run.abstract_state.params)
+  return compiled.costs(step.lower(run.abstract_state, batch, signals).compile())
 
 
 def count(config, arms: list[str], devices) -> list[dict]:
@@ -182,7 +183,9 @@ def measure(config, arms: list[str], rounds: int, devices, *, with_torch: bool =
   for arm in arms:
     run = build(config, arm, devices)
     started = time.perf_counter()
-    steps.append(_timed(run.train_step, run.init(), dry_run.any_batch(run), run.signals))
+    state = run.init()
+    signals = run.signals(state.params)
+    steps.append(_timed(run.train_step, state, dry_run.any_batch(run), signals))
     steps[-1]()
     compile_seconds.append(time.perf_counter() - started)
   if with_torch:

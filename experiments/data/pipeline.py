@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -141,6 +142,35 @@ def eval_batches(
     chosen = ids[start : start + batch_size]
     global_ids[: chosen.size] = chosen
     yield _padded_rows(corpus, split, global_ids[rows])
+
+
+def domain_batch(
+  corpus: Corpus,
+  domain: str,
+  *,
+  split: str,
+  blocks: int,
+  multiple: int = 1,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Batch:
+  """One batch of up to `blocks` blocks spread evenly over a domain, as `eval_batches` yields them.
+
+  Args:
+    multiple: rows of padding follow until the global batch is a multiple of it.
+
+  Raises:
+    UserError: there is no such domain.
+  """
+  if domain not in corpus.domains:
+    raise UserError(f'no domain {domain!r}; {readers.known_domains(domain, corpus.domains)}')
+  index = corpus.domains.index(domain)
+  size = int(corpus.sizes(split)[index])
+  count = min(size, blocks)
+  ids = [corpus.example_id(index, i * size // count, split) for i in range(count)]
+  ids += [-1] * (-count % math.lcm(multiple, process_count))
+  rows = _local_rows(len(ids), process_index, process_count)
+  return _padded_rows(corpus, split, np.asarray(ids, np.int64)[rows])
 
 
 class _Plans(grain.IterDataset):

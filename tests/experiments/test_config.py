@@ -29,6 +29,7 @@ def test_every_rule_is_about_an_existing_key_and_most_keys_have_one():
     'data.text_key', 'data.domain_key', 'data.weight_key',
     'model.scan', 'model.remat', 'log.tensorboard', 'log.progress',
     'log.ledger',
+    'keep.sampled', 'keep.reuse', 'target.domain',
   }  # fmt: skip
 
 
@@ -39,7 +40,9 @@ def test_every_rule_is_about_an_existing_key_and_most_keys_have_one():
     (dict(optim__lr=float('nan')), 'config.optim.lr=nan: must be above 0'),
     (dict(optim__b1=1.0), 'config.optim.b1=1.0: must be at least 0 and below 1'),
     (dict(total_steps=0), 'config.total_steps=0: must be at least 1'),
-    (dict(scope='batch'), "config.scope='batch': must be one of global, microbatch"),
+    (dict(scope='batch'), "config.scope='batch': must be one of global, online, microbatch"),
+    (dict(target__domain='web', keep__rows=2), 'needs a backward pass of all rows'),
+    (dict(target__domain='web', checkpoint__every=75), 'must be a multiple of config.target.every'),
     (dict(data__tokenizer='bpe:12'), 'config.data.tokenizer='),
     (dict(data__tokenizer='no/tokenizer.json'), 'existing tokenizer.json'),
     (dict(data__mixture='web'), 'config.data.mixture='),

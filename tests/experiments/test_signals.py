@@ -26,7 +26,7 @@ def config(corpus, tmp_path):
 def _first_step(run):
   """(metrics of the library's step on some batch, the batch, the initial state)."""
   state, batch = run.init(), dry_run.any_batch(run)
-  _, metrics = jax.jit(run.step)(state, batch, run.signals)
+  _, metrics = jax.jit(run.step)(state, batch, run.signals(state.params))
   return metrics, batch, state
 
 
@@ -70,7 +70,7 @@ def test_the_reference_gives_its_losses(config, corpus, tmp_path):
   )
   expected = jaxrw.token_topk_weights(
     gpt2.token_losses(state.params, batch, run.model),
-    gpt2.token_losses(run.signals['reference'], batch, theirs),
+    gpt2.token_losses(run.signals(state.params)['reference'], batch, theirs),
     0.6,
     base=metrics['base'],
   )
@@ -126,6 +126,20 @@ def test_selective_backward_reaches_the_step(config):
   config.w.loss.start = 0
   metrics, *_ = _first_step(train.build(config))
   assert metrics['overflow'] == 2
+
+
+def test_the_target_is_read_in_the_backward_pass(config):
+  config.target.update(domain='hard', blocks=4)
+  run = train.build(config)
+  metrics, batch, state = _first_step(run)
+  direction = run.signals(state.params)['direction']
+  losses = lambda params: jnp.mean(gpt2.token_losses(params, batch, run.model), axis=1)
+  _, products = jax.jvp(losses, (state.params,), (direction,))
+  mine = np.asarray(metrics['weights'])[:, 0] * products / config.batch_size
+  np.testing.assert_allclose(metrics['row_alignment'], mine, rtol=2e-3, atol=1e-5)
+  config.target.domain = 'herd'
+  with pytest.raises(UserError, match=r"no domain 'herd'.*hard"):
+    train.build(config)
 
 
 def test_arms_of_a_comparison_may_change_any_key(config, tmp_path):
