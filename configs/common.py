@@ -146,7 +146,8 @@ def nearest(name: str, known) -> str:
 
 
 def set_weighting(config: ConfigDict, spec: str) -> None:
-  """Makes `spec` the only weighting of `config`, in place; the burn-in `w.loss.start` stays.
+  """Makes `spec` the only weighting of `config`, in place; the burn-in `w.loss.start` stays unless
+  the spec has its own.
 
   Args:
     config: a config in the shape of `base_config`; may be locked.
@@ -159,7 +160,7 @@ def set_weighting(config: ConfigDict, spec: str) -> None:
   """
   stage = _weighting_stage(spec)
   if stage['fn'] != 'uniform' and 'start' in config.w.get('loss', {}):
-    stage['start'] = config.w.loss.start
+    stage.setdefault('start', config.w.loss.start)
   with config.unlocked():
     config.weighting = ('loss',)
     config.w = ConfigDict(dict(loss=stage))

@@ -150,6 +150,7 @@ def test_parse_arg_errors(arg, message):
     ('kl_dro:2', dict(fn='kl_dro', temperature=2.0, start=50)),
     ('quadratic', dict(fn='quadratic', temperature=0.4, start=50)),
     ('trimmed:share=0.5:side=low', dict(fn='trimmed', share=0.5, side='low', start=50)),
+    ('trimmed:share=0.5:start=0', dict(fn='trimmed', share=0.5, start=0)),
     ('group_dro', dict(fn='group_dro', start=50)),
     (
       'row_shuffled:linupper:1.0',

@@ -222,13 +222,7 @@ def _prepare(
     raise ValueError(f'losses must be [B] or [B, T], got shape {losses.shape}')
   if nonfinite not in ('propagate', 'mask'):
     raise ValueError(f"nonfinite={nonfinite!r} must be 'propagate' or 'mask'")
-  dtype = jnp.promote_types(jnp.float32, losses.dtype)
-  losses = jax.lax.stop_gradient(losses.astype(dtype))
-  base = jnp.ones_like(losses) if base is None else base.astype(dtype)
-  weights = jnp.ones_like(losses) if weights is None else weights
-  for name, array in (('base', base), ('weights', weights)):
-    if array.shape != losses.shape:
-      raise ValueError(f'{name} has shape {array.shape}, losses {losses.shape}; they must agree')
+  losses, base, weights = masked.fill_in(losses, base, weights)
   example_losses, example_base = masked.example_level(losses, base)
   valid = example_base > 0
   if nonfinite == 'mask':
