@@ -87,13 +87,15 @@ class Arm:
   """One weighting at its best learning rate.
 
   `grid` holds (learning rate, value on the first seed) of every rate tried; `lr` is None, and
-  `runs` empty, when every rate diverged.
+  `runs` empty, when every rate diverged. `step_flops` are the matmul FLOPs of one compiled step,
+  counted where arms differ in more than the weighting.
   """
 
   name: str
   lr: float | None
   runs: tuple[Run, ...]
   grid: tuple[tuple[float, float], ...] = ()
+  step_flops: float | None = None
 
   @property
   def edge(self) -> str | None:
@@ -204,6 +206,7 @@ def load_comparison(folder: Path) -> Board:
         lr=arm['lr'],
         runs=tuple(Run(folder / run) for run in arm['runs']),
         grid=tuple((p['lr'], math.inf if p['value'] is None else p['value']) for p in arm['grid']),
+        step_flops=arm.get('step_flops'),
       )
       for arm in record['arms']
     ),

@@ -17,6 +17,7 @@ Prints a table; writes WORKDIR/compare.json, WORKDIR/report.html and WORKDIR/plo
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import multiprocessing
 import re
@@ -25,7 +26,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from absl import flags
@@ -42,7 +42,7 @@ FLAGS = flags.FLAGS
 TrainFn = Callable[[ConfigDict, str], object]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Plan:
   """What is to be compared. `make_plan` checks it."""
 
@@ -175,6 +175,20 @@ def compare(plan: Plan, train: TrainFn | None = None, jobs: int = 1) -> Board:
   )
 
 
+def count_flops(plan: Plan, board: Board) -> Board:
+  """The board with the FLOPs of a step, where arms change more than the weighting."""
+  if not any('@' in arm.name for arm in board.arms):
+    return board
+  from experiments import train
+  from experiments.bench import step_cost
+
+  def counted(arm: Arm) -> Arm:
+    run = train.build(plan.unit_config(arm.name, plan.lrs[0], plan.seeds[0]))
+    return dataclasses.replace(arm, step_flops=step_cost.costs_of(run).matmul_flops)
+
+  return dataclasses.replace(board, arms=tuple(map(counted, board.arms)))
+
+
 def best_rate(grid: dict[float, float]) -> float | None:
   """The rate with the lowest value, the lower one on a tie; None if every one of several diverged.
 
@@ -281,6 +295,7 @@ def record(board: Board) -> dict:
         'lr': arm.lr,
         'lr_at_edge': arm.edge,
         'grid': [{'lr': lr, 'value': value} for lr, value in arm.grid],
+        'step_flops': arm.step_flops,
         'runs': [f'runs/{run.path.name}' for run in arm.runs],
         'values': {metric: arm.values(metric) for metric in board.rows},
         'difference': {
@@ -312,7 +327,7 @@ def main(_: list[str]) -> None:
     FLAGS.config, FLAGS.weightings, FLAGS.lrs, FLAGS.seeds, FLAGS.metric, FLAGS.workdir
   )
   use_compilation_cache(plan.cache)
-  board = compare(plan, jobs=FLAGS.jobs)
+  board = count_flops(plan, compare(plan, jobs=FLAGS.jobs))
   files.write_json(plan.folder / 'compare.json', record(board))
   print(board_text(board), flush=True)
   page = report.write(board, plan.folder)

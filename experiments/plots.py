@@ -200,8 +200,31 @@ def draw_concentration(board: Board, theme: Theme) -> Figure | None:
   return fig if drawn else None
 
 
+def draw_frontier(board: Board, theme: Theme) -> Figure | None:
+  """Final value against the matmul FLOPs that a run spent, where arms differ in FLOPs."""
+  arms = [(i, arm) for i, arm in enumerate(board.arms) if arm.step_flops and arm.survivors]
+  if len({arm.step_flops for _, arm in arms}) < 2:
+    return None
+  fig = Figure(figsize=(7, 4), layout='constrained')
+  ax = fig.subplots()
+  for i, arm in arms:
+    values = list(arm.values(board.metric).values())
+    spent = arm.step_flops * arm.survivors[0].result['steps'] / 1e12
+    color = theme.colors[i % LINES_BEFORE_REPEAT]
+    ax.plot([spent] * len(values), values, '.', color=color, alpha=0.5)
+    marker = MARKERS[i % len(MARKERS)]
+    ax.plot(spent, np.mean(values), marker, color=color, ms=7, label=arm.name)
+  ax.set_xlim(0, None)
+  ax.grid()
+  ax.set_xlabel('matmul TFLOP of a run')
+  ax.set_ylabel(f'{METRICS[board.metric]}, every seed and the mean')
+  fig.legend(loc='outside upper left', ncols=2, frameon=False)
+  return fig
+
+
 FIGURES: dict[str, Callable[[Board, Theme], Figure | None]] = {
   'differences': draw_differences,
+  'frontier': draw_frontier,
   'learning_rates': draw_rates,
   'curves': draw_curves,
   'domain_weights': draw_domain_weights,

@@ -47,6 +47,11 @@ CAPTIONS = {
     'Mean over seeds; the shade spans them. The dashed line is a byte-bigram model fitted on the '
     'same text. The vertical axes differ, do not start at zero, and cut off the first quarter.',
   ),
+  'frontier': (
+    'What the numbers cost',
+    'Matrix products of the compiled step, forward and backward, times the steps. Lower and '
+    'further left is better; a way to choose rows must beat random rows at the same cost.',
+  ),
   'learning_rates': (
     'Learning rates',
     'Every arm got the same grid on the first seed. A ring marks the rate that was used, a cross '

@@ -187,9 +187,18 @@ def board_text(board: Board) -> str:
       '',
       *(wrap(arm_verdict(board, arm).text) for arm in board.arms[1:]),
     ]
-  lines += map(wrap, edge_sentences(board))
+  lines += map(wrap, edge_sentences(board) + cost_sentences(board))
   text = '\n'.join(lines).strip('\n')
   return text.replace('\n\n\n', '\n\n')
+
+
+def cost_sentences(board: Board) -> list[str]:
+  """What a step of each arm costs, where that was counted."""
+  first = board.baseline.step_flops
+  if not first:
+    return []
+  ratios = [f'{arm.name} {arm.step_flops / first:.3f}' for arm in board.arms if arm.step_flops]
+  return [f'Matmul FLOPs of a step, relative to {board.baseline.name}: {", ".join(ratios)}.']
 
 
 def wrap(text: str) -> str:

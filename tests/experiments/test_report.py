@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -10,7 +11,7 @@ import pytest
 
 from configs import common
 from experiments import board as board_lib
-from experiments import compare, files, movers, plots, report, report_documents
+from experiments import compare, files, movers, plots, report, report_documents, verdict
 from experiments.errors import UserError
 from tests.experiments.fake_runs import FakeTrain, write_jsonl
 
@@ -113,9 +114,19 @@ def test_says_verdict_tier_floor_and_limits(html):
 
 def test_figures_are_written_beside_the_page(page):
   names = {path.stem for path in (page.parent / 'plots').glob('*.png')}
-  assert names == set(plots.FIGURES)
+  assert names == set(plots.FIGURES) - {'frontier'}  # these arms cost the same
   for path in (page.parent / 'plots').glob('*.png'):
     assert path.read_bytes().startswith(b'\x89PNG')
+
+
+def test_arms_of_different_cost_have_a_frontier(tmp_path):
+  board = make_board(tmp_path)
+  first, *others = board.arms
+  arms = [dataclasses.replace(first, step_flops=3e9)]
+  arms += [dataclasses.replace(arm, step_flops=2e9) for arm in others]
+  board = board_lib.Board(tuple(arms), board.metric)
+  assert plots.render(board, 'frontier', plots.LIGHT).startswith(b'\x89PNG')
+  assert f'{others[0].name} 0.667' in ' '.join(verdict.board_text(board).split())
 
 
 @pytest.mark.parametrize('missing', ['metrics.jsonl', 'examples.jsonl', 'config.json'])
