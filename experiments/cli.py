@@ -58,6 +58,17 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
     sys.exit(130)
 
 
+def use_compilation_cache(folder: Path) -> None:
+  """Programs that were compiled before, by a killed run or another seed, are read from `folder`.
+
+  A folder that the user chose (JAX_COMPILATION_CACHE_DIR) stays.
+  """
+  import jax
+
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir', str(folder.absolute()))
+
+
 def _quietly(main: Callable[[list[str]], None], argv: list[str]) -> None:
   # app.run turns INFO on, and every library underneath logs at that level.
   if not any(re.match(r'--?(v|verbosity)\b', arg) for arg in sys.argv):

@@ -218,7 +218,7 @@ class TrainInProcess:
 
 
 def _train_unit(config: str, folder: str, cache: Path) -> None:
-  use_compilation_cache(cache)
+  cli.use_compilation_cache(cache)
   unit = config_lib.from_json(config)
   unit.log.progress = False  # lines of several runs would be mixed
   default_train()(unit, folder)
@@ -326,19 +326,12 @@ def main(_: list[str]) -> None:
   plan = make_plan(
     FLAGS.config, FLAGS.weightings, FLAGS.lrs, FLAGS.seeds, FLAGS.metric, FLAGS.workdir
   )
-  use_compilation_cache(plan.cache)
+  cli.use_compilation_cache(plan.cache)
   board = count_flops(plan, compare(plan, jobs=FLAGS.jobs))
   files.write_json(plan.folder / 'compare.json', record(board))
   print(board_text(board), flush=True)
   page = report.write(board, plan.folder)
   print(f'\nreport: {page}')
-
-
-def use_compilation_cache(folder: Path) -> None:
-  """Resumed units and later seeds find their programs compiled."""
-  import jax
-
-  jax.config.update('jax_compilation_cache_dir', str(folder.absolute()))
 
 
 if __name__ == '__main__':

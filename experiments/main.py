@@ -13,6 +13,8 @@ result.json. Exit status: 0 done, 2 a mistake to fix, 3 a loss was not finite (s
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from absl import flags
 
 from experiments import cli
@@ -47,6 +49,7 @@ def main(_) -> None:
 
     train.say(dry_run.describe(train.build(config)))
     return
+  cli.use_compilation_cache(Path(_WORKDIR.value) / '.jax_cache')
   result = train.train(config, _WORKDIR.value)
   final = result['final']
   train.say(
