@@ -247,7 +247,8 @@ def _with_tuples(value: Any) -> Any:
 
 
 def read(workdir: str | os.PathLike) -> ConfigDict:
-  """The config of the run in `workdir`.
+  """The config of the run in `workdir`; a key that is younger than the run has its default, with
+  which everything is as it was.
 
   Raises:
     UserError: not a run directory, or an unreadable `config.json`.
@@ -255,7 +256,15 @@ def read(workdir: str | os.PathLike) -> ConfigDict:
   path = Path(workdir) / 'config.json'
   if not path.is_file():
     raise UserError(f'{workdir} is not a run directory: it has no config.json')
-  return ConfigDict(_with_tuples(files.read_json(path)))
+  defaults = common.base_config().to_dict() | {'w': {}}  # the run's own, whatever they are
+  return ConfigDict(_filled(defaults, _with_tuples(files.read_json(path))))
+
+
+def _filled(defaults: Mapping, stored: Mapping) -> dict:
+  both = {
+    k: v for k, v in stored.items() if isinstance(v, dict) and isinstance(defaults.get(k), dict)
+  }
+  return {**defaults, **stored, **{k: _filled(defaults[k], v) for k, v in both.items()}}
 
 
 def write(workdir: str | os.PathLike, config: Mapping) -> None:

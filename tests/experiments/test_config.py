@@ -1,5 +1,7 @@
 """Configs as data: what is refused and how it is said; JSON; diff; resume; origin of values."""
 
+import json
+
 import pytest
 
 from configs import common
@@ -257,3 +259,14 @@ def test_printed_values_say_where_they_come_from():
 def test_an_override_equal_to_the_default_is_still_an_override():
   text = config_lib.format_config(changed(), {'seed': 0}, 'x.py')
   assert text.count('#') == 1
+
+
+def test_a_run_older_than_a_key_has_its_default(tmp_path):
+  config = common.base_config()
+  config.optim.lr = 0.5
+  config_lib.write(tmp_path, config)
+  stored = json.loads((tmp_path / 'config.json').read_text())
+  del stored['keep'], stored['model']['loss_chunk']
+  (tmp_path / 'config.json').write_text(json.dumps(stored))
+  assert config_lib.flatten(config_lib.read(tmp_path)) == config_lib.flatten(config)
+  config_lib.check_same_run(tmp_path, config)
