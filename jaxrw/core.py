@@ -238,7 +238,7 @@ def _stage_from_config(path: str, spec: Mapping[str, Any]) -> Weighting:
   name = arguments.pop('fn', None)
   known = [n for n in weights.__all__ if hasattr(getattr(weights, n), 'declaration')]
   if name not in known:
-    near = difflib.get_close_matches(str(name), known, n=1)
+    near = difflib.get_close_matches(str(name).removesuffix('_weights'), known, n=1)
     hint = f'did you mean {near[0]!r}?' if near else f'known: {", ".join(known)}'
     raise ValueError(f'{path}.fn={name!r} is not a weighting; {hint}')
   if 'stage' in arguments:
