@@ -171,7 +171,7 @@ def make_train_step(
     from jaxrw import gradients  # here, because it imports this module
 
     def probed(params, probe):
-      losses = lambda params, batch: probed_loss(params, batch, probe)
+      losses = lambda params, batch: cast(Callable, probed_loss)(params, batch, probe)
       return objective(params, forward_fn(None, losses, example_base, row_signals))
 
     directions = (step_signals['direction'],) if 'direction' in step_signals else ()

@@ -324,7 +324,7 @@ def linupper_stale(temperature: Temperature = 1.0) -> Weighting:
     >>> w, state = rw.update(jnp.ones(5), rw.init(), losses=losses)
     >>> w, state = rw.update(jnp.ones(5), state, losses=losses - 1)
     >>> [round(float(x), 3) for x in w], [float(x) for x in state]
-    ([0.714, 1.071, 1.071, 1.071, 1.071], [3.0, 7.0])
+    ([0.167, 0.167, 0.585, 2.04, 2.04], [0.0, 4.0])
   """
   check_positive(temperature=temperature)
 
