@@ -305,15 +305,23 @@ def format_counts(rows: list[dict]) -> str:
     'first arm',
   ]
   for row in rows:
-    extra = '; '.join(
-      f'{c["count"]} x {c["kind"]} of {c["bytes"]} B ({c["name"]})' for c in row['extra']
-    )
+    extra = describe_extra(row['extra'])
     lines.append(
       f'{row["weighting"]:{width}}  {row["matmul_flops"] / 1e6:>10,.3f}  '
       f'{row["temp_bytes"] / 1e6:>8.2f}  {row["build_seconds"]:>7.1f}  {row["collectives"]:>11}  '
       f'{extra or "none"}'
     )
   return '\n'.join(lines)
+
+
+def describe_extra(extra: list[dict], shown: int = 3) -> str:
+  """The collectives an arm adds: each of them, or the largest and the sum of many."""
+  largest = sorted(extra, key=lambda c: -c['bytes'])[:shown] if len(extra) > shown else extra
+  parts = [f'{c["count"]} x {c["kind"]} of {c["bytes"]:,} B ({c["name"][-40:]})' for c in largest]
+  if len(extra) > shown:
+    total = sum(c['count'] * c['bytes'] for c in extra)
+    parts.append(f'... {sum(c["count"] for c in extra)} in all, {total:,} B')
+  return '; '.join(parts)
 
 
 def format_accumulation(rows: list[dict]) -> str:

@@ -77,6 +77,15 @@ def test_the_table_names_what_is_extra():
   assert '1 x all-reduce of 8 B (reduce_max)' in step_cost.format_counts(_record()['counts'])
 
 
+def test_many_collectives_are_summed_up():
+  many = [{'kind': 'all-gather', 'bytes': 64, 'count': 1, 'name': 'x'}] * 9
+  many += [{'kind': 'all-reduce', 'bytes': 5000, 'count': 2, 'name': 'y' * 99}]
+  text = step_cost.describe_extra(many)
+  assert text.startswith('2 x all-reduce of 5,000 B')
+  assert text.endswith('... 11 in all, 10,576 B')
+  assert len(text) < 200
+
+
 def test_a_baseline_shows_what_changed():
   text, grew = step_cost.compare(_record(), _record())
   assert not grew
