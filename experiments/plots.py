@@ -51,7 +51,8 @@ def style_of(index: int, theme: Theme) -> dict[str, Any]:
   """Color and dash of the index-th line; seven colors, then the same with another dash."""
   return {
     'color': theme.colors[index % LINES_BEFORE_REPEAT],
-    'linestyle': DASHES[(index // LINES_BEFORE_REPEAT + index) % len(DASHES)],
+    # Twice the round, because one more line per seven colors would meet the same dash again.
+    'linestyle': DASHES[(2 * (index // LINES_BEFORE_REPEAT) + index) % len(DASHES)],
   }
 
 

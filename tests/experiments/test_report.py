@@ -119,6 +119,11 @@ def test_figures_are_written_beside_the_page(page):
     assert path.read_bytes().startswith(b'\x89PNG')
 
 
+def test_no_two_of_many_lines_look_alike():
+  styles = [plots.style_of(i, plots.LIGHT) for i in range(28)]
+  assert len({(s['color'], str(s['linestyle'])) for s in styles}) == 28
+
+
 def test_arms_of_different_cost_have_a_frontier(tmp_path):
   board = make_board(tmp_path)
   first, *others = board.arms
