@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import re
 import sys
@@ -69,10 +70,28 @@ def use_compilation_cache(folder: Path) -> None:
     jax.config.update('jax_compilation_cache_dir', str(folder.absolute()))
 
 
+def keep_freed_memory() -> None:
+  """Tells glibc not to hand freed memory back to the system; does nothing elsewhere.
+
+  On a CPU, XLA allocates a step's temporary arrays as one block and frees it after the step. glibc
+  maps such a block afresh every time, and the kernel zeroes it page by page while the step runs,
+  which cost 0.3 s of 1.1 s of processor time in a step of a 3M-parameter model.
+  """
+  try:
+    mallopt = ctypes.CDLL(None).mallopt
+  except (AttributeError, OSError, TypeError):  # not glibc
+    return
+  arena_max, mmap_max, trim_threshold = -8, -4, -1  # names of malloc.h
+  mallopt(arena_max, 1)  # the heaps of other threads cannot hold large blocks
+  mallopt(mmap_max, 0)
+  mallopt(trim_threshold, -1)
+
+
 def _quietly(main: Callable[[list[str]], None], argv: list[str]) -> None:
   # app.run turns INFO on, and every library underneath logs at that level.
   if not any(re.match(r'--?(v|verbosity)\b', arg) for arg in sys.argv):
     logging.set_verbosity(logging.WARNING)
+  keep_freed_memory()
   main(argv)
 
 

@@ -20,6 +20,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import multiprocessing
+import os
+import queue
 import re
 import sys
 import threading
@@ -153,7 +155,7 @@ def compare(plan: Plan, train: TrainFn | None = None, jobs: int = 1) -> Board:
       writing `abort.json` to it; default `experiments.train.train`.
     jobs: how many units run at once, each in a process of its own; 1 runs them in this process.
   """
-  units = Units(plan, train or (default_train() if jobs == 1 else TrainInProcess(plan)), jobs)
+  units = Units(plan, train or (default_train() if jobs == 1 else TrainInProcess(plan, jobs)), jobs)
   first, *others = plan.seeds
   grids: dict[str, dict[float, float]] = {weighting: {} for weighting in plan.weightings}
   tries = [(weighting, lr, first) for lr in plan.lrs for weighting in plan.weightings]
@@ -207,17 +209,43 @@ def default_train() -> TrainFn:
 
 
 class TrainInProcess:
-  """Trains a unit in a new process, so that several can run beside each other."""
+  """Trains a unit in a new process, so that `jobs` can run beside each other.
 
-  def __init__(self, plan: Plan):
+  Each has its own share of the processors: two runs that both use all of them take a sixth longer.
+  """
+
+  def __init__(self, plan: Plan, jobs: int):
     self.cache = plan.cache
+    self.shares: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
+    for share in processor_shares(jobs):
+      self.shares.put(share)
 
   def __call__(self, config: ConfigDict, folder: str) -> None:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as process:
-      process.submit(_train_unit, config_lib.to_json(config), folder, self.cache).result()
+    share = self.shares.get()
+    try:
+      with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as process:
+        process.submit(_train_unit, config_lib.to_json(config), folder, self.cache, share).result()
+    finally:
+      self.shares.put(share)
 
 
-def _train_unit(config: str, folder: str, cache: Path) -> None:
+def processor_shares(jobs: int) -> list[set[int]]:
+  """The processors this process may use, dealt out to `jobs`; all to each if they do not suffice.
+
+  Empty sets where the system does not say (macOS).
+  """
+  if not hasattr(os, 'sched_getaffinity'):
+    return [set() for _ in range(jobs)]
+  processors = sorted(os.sched_getaffinity(0))
+  if len(processors) < jobs:
+    return [set(processors) for _ in range(jobs)]
+  return [set(processors[i::jobs]) for i in range(jobs)]
+
+
+def _train_unit(config: str, folder: str, cache: Path, processors: set[int]) -> None:
+  if processors:
+    os.sched_setaffinity(0, processors)  # before jax counts them for its threads
+  cli.keep_freed_memory()
   cli.use_compilation_cache(cache)
   unit = config_lib.from_json(config)
   unit.log.progress = False  # lines of several runs would be mixed

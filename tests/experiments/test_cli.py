@@ -1,5 +1,6 @@
 """The command line as a user meets it: a program in a process of its own."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -152,3 +153,26 @@ def test_libraries_are_quiet_unless_asked(program):
   assert 'chatter' not in out.stderr
   assert 'a warning' in out.stderr
   assert 'chatter' in program(LM, '--verbosity=0').stderr
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'mallopt'), reason='not glibc')
+def test_a_freed_block_is_used_again_without_page_faults():
+  program = """
+import ctypes, resource
+from experiments import cli
+cli.keep_freed_memory()
+libc, size = ctypes.CDLL(None), 64 << 20  # far above what glibc keeps by itself
+libc.malloc.restype = ctypes.c_void_p
+faults = []
+for _ in range(2):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  block = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(size)))
+  ctypes.memset(block, 1, size)
+  libc.free(block)
+  faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*faults)
+"""
+  command = [sys.executable, '-c', program]
+  out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+  first, second = map(int, out.split())
+  assert second < first / 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -254,6 +255,22 @@ def test_several_jobs_give_the_same_board(tmp_path):
   train = FakeTrain()
   assert compare.record(compare.compare(beside, train, jobs=3)) == first
   assert len(train.calls) == beside.num_units
+
+
+@pytest.mark.parametrize(
+  ('processors', 'jobs', 'shares'),
+  [
+    ({0, 1, 2, 3, 4}, 2, [{0, 2, 4}, {1, 3}]),
+    ({7}, 2, [{7}, {7}]),
+    (None, 2, [set(), set()]),
+  ],
+)
+def test_processors_are_dealt_out_to_the_jobs(monkeypatch, processors, jobs, shares):
+  if processors is None:
+    monkeypatch.delattr(os, 'sched_getaffinity', raising=False)
+  else:
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: processors, raising=False)
+  assert compare.processor_shares(jobs) == shares
 
 
 def test_units_in_processes_of_their_own(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 from functools import partial
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -277,13 +278,13 @@ def test_bfloat16_matmuls_really_are_16_bit(batch):
 @pytest.mark.parametrize(
   ('capability', 'dtype', 'head', 'kernel'),
   [
-    ('9.0', jnp.bfloat16, 64, 'cudnn'),
-    ('9.0', jnp.float32, 64, 'xla'),
-    ('9.0', jnp.bfloat16, 60, 'xla'),
-    ('9.0', jnp.bfloat16, 256, 'xla'),
-    ('7.5', jnp.bfloat16, 64, 'xla'),
-    ('gfx942', jnp.bfloat16, 64, 'xla'),
-    (None, jnp.bfloat16, 64, 'xla'),
+    ('9.0', 'bfloat16', 64, 'cudnn'),
+    ('9.0', 'float32', 64, 'xla'),
+    ('9.0', 'bfloat16', 60, 'xla'),
+    ('9.0', 'bfloat16', 256, 'xla'),
+    ('7.5', 'bfloat16', 64, 'xla'),
+    ('gfx942', 'bfloat16', 64, 'xla'),
+    (None, 'bfloat16', 64, 'xla'),
   ],
 )
 def test_auto_attention_picks_cudnn_only_where_it_applies(
@@ -291,9 +292,31 @@ def test_auto_attention_picks_cudnn_only_where_it_applies(
 ):
   device = SimpleNamespace(compute_capability=capability) if capability else SimpleNamespace()
   monkeypatch.setattr(jax, 'devices', lambda: [device])
-  q = jax.ShapeDtypeStruct((1, 8, 2, head), dtype)
-  assert gpt2._attention_kernel('auto', q) == kernel
-  assert gpt2._attention_kernel('xla', q) == 'xla'
+  sizes = {'n_embd': 2 * head, 'n_head': 2, 'dtype': dtype}
+  assert gpt2._attention_kernel(replace(**sizes, attention='auto')) == kernel
+  assert gpt2._attention_kernel(replace(**sizes, attention='xla')) == 'xla'
+
+
+# 1, 2 and 4 blocks of queries.
+@pytest.mark.parametrize('length', [1, 70, 128, 130, 256])
+@pytest.mark.parametrize(('dtype', 'tol'), [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+def test_blocked_attention_equals_the_library_in_values_and_gradients(length, dtype, tol):
+  shape = (2, length, 3, 8)
+  q, k, v, g = (
+    jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(0), 4)
+  )
+  heads_first = lambda x: x.transpose(0, 2, 1, 3)
+
+  def blocked(q, k, v):
+    return heads_first(gpt2.causal_attention(*map(heads_first, (q, k, v))))
+
+  def library(q, k, v):
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+  got, want = (jax.vjp(f, q, k, v) for f in (blocked, library))
+  assert got[0].dtype == dtype
+  chex.assert_trees_all_close(got[0], want[0], rtol=tol, atol=tol)
+  chex.assert_trees_all_close(got[1](g), want[1](g), rtol=4 * tol, atol=4 * tol)
 
 
 # Dropout ----------------------------------------------------------------------------------------
