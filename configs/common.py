@@ -86,9 +86,11 @@ def base_config() -> ConfigDict:
   config.reference = ''  # a finished run whose model gives the signal ref_losses; one more forward
   # Selective backward (jaxrw.Keep): rows of each group with a gradient; 0 means all rows.
   config.keep = ConfigDict(dict(rows=0, groups=1, sampled=False, reuse=False))
-  # The ledger's target_dot: how far each example pulls towards the gradient on `blocks` blocks of a
-  # domain's eval.split, read every so many steps; empty: none. Training does not see it.
-  config.target = ConfigDict(dict(domain='', every=50, blocks=32))
+  # A domain to compare every example with, read on `blocks` of its blocks every so many steps;
+  # empty: none. read='gradient', on eval.split: how far each example pulls towards it, for the
+  # ledger's target_dot; training does not see it. read='representation', on the training split: the
+  # signals representation and anchor, from which `adapt` makes weights.
+  config.target = ConfigDict(dict(domain='', read='gradient', every=50, blocks=32))
   config.w = ConfigDict(dict(loss=dict(fn='linupper', temperature=PAPER_TEMPERATURE, start=50)))
   config.mesh = ConfigDict(dict(data=-1, fsdp=1))  # -1: all remaining devices
   # max_blocks counts per domain; 0 means all.

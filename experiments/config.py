@@ -207,7 +207,7 @@ def _check_together(config: ConfigDict) -> None:
       f'fit into config.total_steps={config.total_steps}'
     )
   if config.target.domain:
-    if config.keep.rows or config.scope == 'online':
+    if config.target.read == 'gradient' and (config.keep.rows or config.scope == 'online'):
       raise UserError(
         f'config.target.domain={config.target.domain!r} needs a backward pass of all rows under '
         "their weights: leave out config.keep, and use scope='global' or 'microbatch'"

@@ -64,6 +64,7 @@ RULES = {
   'reference': Rule(lambda x: not x or Path(x).is_dir(), 'an existing run directory'),
   'keep.rows': at_least(0),
   'keep.groups': at_least(1),
+  'target.read': one_of('gradient', 'representation'),
   'target.every': at_least(1),
   'target.blocks': at_least(1),
   'data.source': one_of('embedded', 'folder', 'tfds'),

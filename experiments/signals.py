@@ -1,18 +1,31 @@
-"""What a weighting is told beyond losses: sizes for its tables, and a reference model's losses."""
+"""What a weighting is told beyond losses.
+
+Sizes for its tables, a reference model's losses, and how examples compare with a target domain.
+"""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import jaxrw
 from experiments import checkpoints
 from experiments import config as config_lib
+from experiments import mesh as mesh_lib
+from experiments.data import pipeline
+from experiments.data.corpus import Corpus
 from experiments.errors import UserError
 from experiments.models import gpt2
+
+FIXES = {
+  'ref_losses': ': set config.reference to a finished run',
+  'representation': ": set config.target.domain, and config.target.read='representation'",
+}
 
 
 def make_weighting(config: Any, *, num_groups: int = 1, num_examples: int = 1) -> jaxrw.Weighting:
@@ -55,6 +68,9 @@ def check_signals(weighting: jaxrw.Weighting, config: Any) -> None:
   told = {'losses': tokens, 'base': tokens, 'group_ids': rows, 'example_ids': rows}
   if config.reference:
     told['ref_losses'] = tokens
+  if config.target.domain and config.target.read == 'representation':
+    told['representation'] = jax.ShapeDtypeStruct((shape[0], config.model.n_embd), 'float32')
+    told['anchor'] = jax.ShapeDtypeStruct((config.model.n_embd,), 'float32')
   step = jax.ShapeDtypeStruct((), 'int32')
   key = jax.eval_shape(lambda: jax.random.key(0))
   try:
@@ -62,18 +78,18 @@ def check_signals(weighting: jaxrw.Weighting, config: Any) -> None:
     jax.eval_shape(weighting.update, tokens, state, **told, step=step, key=key)
   except (TypeError, ValueError) as error:
     message = config_lib.one_line(error)
-    hint = ': set config.reference to a finished run' if "'ref_losses'" in message else ''
+    hint = next((fix for name, fix in FIXES.items() if f"'{name}'" in message), '')
     known = ', '.join([*told, 'step', 'key'])
     raise UserError(
       f'config.w does not fit language model training, whose signals are {known}: {message}{hint}'
     ) from error
 
 
-def make_keep(config: Any) -> jaxrw.Keep | None:
-  """Selective backward as the config asks for it, checked against the batch.
+def make_keep(config: Any, devices: int = 1) -> jaxrw.Keep | None:
+  """Selective backward as the config asks for it, checked against the batch and the devices.
 
   Raises:
-    UserError: rows or groups that do not fit the batch.
+    UserError: rows or groups that do not fit the batch, or groups that devices would have to split.
   """
   if not config.keep.rows:
     return None
@@ -82,6 +98,13 @@ def make_keep(config: Any) -> jaxrw.Keep | None:
     keep.check(config.batch_size, config.microbatches)
   except ValueError as error:
     raise UserError(f'config.{config_lib.one_line(error)}') from error
+  if keep.groups % devices:
+    fitting = math.lcm(keep.groups, devices)
+    raise UserError(
+      f'config.keep.groups={keep.groups} is not a multiple of the {devices} devices, so kept rows '
+      f'would move between devices in every step: set config.keep.groups={fitting} (other groups '
+      'keep other rows: use the same number wherever runs are to agree)'
+    )
   return keep
 
 
@@ -115,3 +138,55 @@ def reference_model(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout(shapes)
   )
   return reference, checkpoints.restore_params(path, abstract)
+
+
+def represent(hidden: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+  """float32[B, D] of hidden states [B, T, D]: one vector per example; see `pool_positions`."""
+  return jaxrw.weights.pool_positions(hidden, batch['base'])
+
+
+def target_reader(
+  config: Any, corpus: Corpus, model: gpt2.GPT2Config, mesh: jax.sharding.Mesh, layout: Any
+) -> Callable[[Any], dict[str, Any]]:
+  """(params) -> what `config.target` asks to read on some blocks of its domain, as step signals.
+
+  Args:
+    config: `config.target`, and `config.eval.split` for the gradient. Anchors are blocks of the
+      training split: they decide weights, and what decides weights must not be tested on.
+    layout: of a gradient, the shardings of the parameters.
+
+  Raises:
+    UserError: there is no such domain.
+  """
+  if not config.target.domain:
+    return lambda params: {}
+  anchored = config.target.read == 'representation'
+  local = pipeline.domain_batch(
+    corpus,
+    config.target.domain,
+    split='train' if anchored else config.eval.split,
+    blocks=config.target.blocks,
+    multiple=mesh.size,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  batch = mesh_lib.to_global(local, mesh)
+
+  def anchor(params, batch):
+    hidden = gpt2.hidden(params, batch['tokens'][:, :-1], model, mesh=mesh)
+    mean = jaxrw.weights.anchor_mean(represent(hidden, batch))
+    # Rows that only pad the batch have the representation 0; the mean is over the others.
+    real = jnp.any(batch['base'] > 0, axis=1)
+    return {'anchor': mean * real.size / jnp.sum(real)}
+
+  def mean_loss(params, batch):
+    return jaxrw.masked.mean(gpt2.token_losses(params, batch, model, mesh=mesh), batch['base'])
+
+  def direction(params, batch):
+    return {'direction': jaxrw.gradients.target_direction(mean_loss, params, batch)}
+
+  if anchored:
+    read = jax.jit(anchor, out_shardings=mesh_lib.replicated(mesh))
+  else:
+    read = jax.jit(direction, out_shardings={'direction': layout})
+  return lambda params: read(params, batch)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib.metadata
 import platform
 import time
@@ -46,7 +45,7 @@ class Run:
     step: (state, batch, signals) -> (state, metrics), what `jaxrw.make_train_step` returned; not
       jitted.
     signals: (params) -> what `train_step` takes beside state and batch: the reference's parameters,
-      the gradient on the target domain, or nothing; `config.target.every` steps apart.
+      what is read on the target domain, or nothing; `config.target.every` steps apart.
     train_step: (state, batch, signals) -> (state, record), jitted; the state is donated.
     eval_step: (params, batch) -> float32[G, 3]; see `experiments.evaluators.language`.
   """
@@ -75,7 +74,7 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
   mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
   mesh_lib.check_batch(config.batch_size, config.microbatches, mesh, jax.process_count())
   mesh_lib.check_batch(config.eval.batch_size, 1, mesh, jax.process_count())
-  keep = signals.make_keep(config)
+  keep = signals.make_keep(config, mesh.size)
   signals.make_weighting(config)  # its mistakes before the data are opened
   tx, schedule = optim.make_optimizer(config.optim, config.total_steps, nonfinite=config.nonfinite)
   corpus = corpus_lib.open_corpus(config.data)
@@ -97,11 +96,17 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
       ref_losses = gpt2.token_losses(whole_step['reference'], batch, reference, mesh=mesh)
       return {'ref_losses': ref_losses}
 
+  batched_loss = lambda params, batch: gpt2.token_losses(params, batch, model, mesh=mesh)
   probed_loss = None
-  if config.target.domain:
+  if config.target.domain and config.target.read == 'gradient':
     probed_loss = lambda params, batch, probe: gpt2.token_losses(
       params, batch, model, mesh=mesh, probe=probe
     )
+  elif config.target.domain:
+
+    def batched_loss(params, batch):
+      losses, hidden = gpt2.token_losses_and_hidden(params, batch, model, mesh=mesh)
+      return losses, {'representation': signals.represent(hidden, batch)}
 
   def init():
     params = gpt2.init(jax.random.key(config.seed), model)
@@ -111,7 +116,7 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
     lambda params, example: gpt2.example_loss(params, example, model),
     tx,
     weighting,
-    batched_loss=lambda params, batch: gpt2.token_losses(params, batch, model, mesh=mesh),
+    batched_loss=batched_loss,
     row_signals=row_signals,
     keep=keep,
     probed_loss=probed_loss,
@@ -137,12 +142,9 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
   )
 
   shapes = jax.eval_shape(init)
-  if config.target.domain:
-    direction = target_direction(config, corpus, eval_model, mesh, layout(shapes.params))
-    read_signals = lambda params: {**whole_step, 'direction': direction(params)}
-    signal_shapes = {**whole_step, 'direction': shapes.params}
-  else:
-    read_signals, signal_shapes = lambda params: whole_step, whole_step
+  read_target = signals.target_reader(config, corpus, eval_model, mesh, layout(shapes.params))
+  read_signals = lambda params: {**whole_step, **read_target(params)}
+  signal_shapes = jax.eval_shape(read_signals, shapes.params)
   shardings = layout(shapes)
   rows, whole = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
   return Run(
@@ -167,30 +169,6 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
     ),
     eval_step=jax.jit(eval_step, in_shardings=(shardings.params, rows), out_shardings=whole),
   )
-
-
-def target_direction(
-  config: Any, corpus: corpus_lib.Corpus, model: gpt2.GPT2Config, mesh: Any, layout: Any
-) -> Callable[[Any], Any]:
-  """(params) -> gradient of the mean token loss on some blocks of `config.target.domain`."""
-  batch = pipeline.domain_batch(
-    corpus,
-    config.target.domain,
-    split=config.eval.split,
-    blocks=config.target.blocks,
-    multiple=mesh.size,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
-  batch = mesh_lib.to_global(batch, mesh)
-
-  def loss(params, batch):
-    return jaxrw.masked.mean(gpt2.token_losses(params, batch, model, mesh=mesh), batch['base'])
-
-  gradient = jax.jit(
-    functools.partial(jaxrw.gradients.target_direction, loss), out_shardings=layout
-  )
-  return lambda params: gradient(params, batch)
 
 
 def summarize_step(

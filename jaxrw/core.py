@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -210,7 +211,8 @@ def from_config(order: Iterable[str], specs: Mapping[str, Mapping[str, Any]]) ->
       `stage` may be another spec.
 
   Raises:
-    ValueError: unknown stage or function, or arguments the function refuses.
+    ValueError: unknown stage or function, arguments the function refuses, or a stage after one
+      with signed weights.
 
   Example:
     >>> import jaxrw
@@ -218,6 +220,8 @@ def from_config(order: Iterable[str], specs: Mapping[str, Mapping[str, Any]]) ->
     ...     'loss': dict(fn='linupper', temperature=0.4, start=1_000),
     ...     'cap': dict(fn='cap', limit=4.0)})
   """
+  from jaxrw import weights  # here, because the weightings themselves import this module
+
   order = tuple(order)
   if len(set(order)) != len(order):
     raise ValueError(f'weighting={order} names a stage twice; stage names must differ')
@@ -227,7 +231,15 @@ def from_config(order: Iterable[str], specs: Mapping[str, Mapping[str, Any]]) ->
   missing = [name for name in order if name not in specs]
   if missing:
     raise ValueError(f'weighting={order} names {missing[0]!r}, but w.{missing[0]} is missing')
-  return chain(**{name: _stage_from_config(f'w.{name}', specs[name]) for name in order})
+  stages = {name: _stage_from_config(f'w.{name}', specs[name]) for name in order}
+  for name, following in itertools.pairwise(order):
+    fn = specs[name]['fn']
+    if getattr(weights, fn).declaration.scale == 'signed':
+      raise ValueError(
+        f'w.{name}.fn={fn!r} gives signed weights, which can sum to 0; {following!r} after it '
+        f'would scale them by that sum: put {name!r} last'
+      )
+  return chain(**stages)
 
 
 def _stage_from_config(path: str, spec: Mapping[str, Any]) -> Weighting:

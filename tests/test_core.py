@@ -200,6 +200,11 @@ def test_a_config_may_nest_a_stage():
     (('loss',), {'loss': {'fn': 'row_shuffled'}}, r"w\.loss: .*'stage'"),
     (('loss',), {'loss': {'fn': 'row_shuffled', 'stage': 'upper'}}, r"w\.loss\.stage='upper'"),
     (
+      ('policy', 'cap'),
+      {'policy': {'fn': 'group_advantage', 'num_groups': 4}, 'cap': {'fn': 'cap', 'limit': 2.0}},
+      r"w\.policy\.fn='group_advantage' gives signed weights.*put 'policy' last",
+    ),
+    (
       ('loss',),
       {'loss': {'fn': 'row_shuffled', 'stage': {'fn': 'linupper', 'r': 1}}},
       r"w\.loss\.stage: .*'r'",

@@ -390,12 +390,26 @@ def token_losses(
     mesh: see `apply`.
     probe: reads the rows' gradients in the backward pass; the losses are the same.
   """
-  tokens = batch['tokens']
-  key = batch['dropout_key'] if cfg.dropout > 0 else None
-  x, link = _hidden(params, tokens[:, :-1], cfg, key, mesh, probe)
+  x, link = _hidden(params, batch['tokens'][:, :-1], cfg, _dropout_key(batch, cfg), mesh, probe)
   if probe is not None:
-    return _probed_head(params, x, link, tokens, cfg, probe)
-  labels = tokens[:, 1:]
+    return _probed_head(params, x, link, batch['tokens'], cfg, probe)
+  return _head(params, x, batch['tokens'][:, 1:], cfg, mesh)
+
+
+def token_losses_and_hidden(
+  params: Params, batch: dict[str, jax.Array], cfg: GPT2Config, *, mesh: Mesh | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """(`token_losses`, the hidden states they come from, cfg.dtype[B, T, D]) in one forward pass."""
+  x = hidden(params, batch['tokens'][:, :-1], cfg, key=_dropout_key(batch, cfg), mesh=mesh)
+  return _head(params, x, batch['tokens'][:, 1:], cfg, mesh), x
+
+
+def _dropout_key(batch, cfg: GPT2Config):
+  return batch['dropout_key'] if cfg.dropout > 0 else None
+
+
+def _head(params, x, labels, cfg: GPT2Config, mesh: Mesh | None) -> jax.Array:
+  """Losses [B, T] of the labels from the last hidden states."""
   if cfg.loss_chunk == 0:
     return cross_entropy(logits(params, x), labels)
   head = functools.partial(chunked_cross_entropy, chunk=cfg.loss_chunk)

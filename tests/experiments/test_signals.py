@@ -100,12 +100,14 @@ def test_a_reference_must_read_the_same_tokens(config, corpus, tmp_path, change,
   ('arm', 'message'),
   [
     ('token_topk:share=0.6', "missing .*'ref_losses'.*: set config.reference to a finished run"),
+    ('adapt:0.1', "'representation'.*: set config.target.domain"),
     ('learning_to_reweight', "missing .*'alignment'"),
     ('hedge:num_terms=3:rate=0.1', 'does not fit language model training'),
     ('token_topk:share=2', r'share=2 must be in \(0, 1\]'),
     ('trimmed:portion=0.5', 'portion'),
     ('uniform@keep.rows=3@keep.groups=3', '8 rows does not split into groups=3'),
     ('uniform@keep.rows=9', 'rows=9 of each group, but a group has 8'),
+    ('uniform@keep.rows=2@keep.groups=2', '2 is not a multiple of the 8 devices.*keep.groups=8'),
     ('uniform@keep.rows=4@keep.reuse=true@microbatches=2@batch_size=16', 'use reuse=False'),
   ],
 )
@@ -119,12 +121,12 @@ def test_mistakes_are_one_line(config, arm, message):
 def test_selective_backward_reaches_the_step(config):
   common.set_arm(config, 'trimmed:share=0.5@keep.rows=4')
   config.w.loss.start = 0
-  metrics, *_ = _first_step(train.build(config))
+  metrics, *_ = _first_step(train.build(config, jax.devices()[:1]))
   assert metrics['overflow'] == 0
   assert jnp.sum(jnp.any(metrics['weights'] > 0, axis=1)) == 4
   common.set_arm(config, 'trimmed:share=0.75@keep.rows=4')
   config.w.loss.start = 0
-  metrics, *_ = _first_step(train.build(config))
+  metrics, *_ = _first_step(train.build(config, jax.devices()[:1]))
   assert metrics['overflow'] == 2
 
 
@@ -140,6 +142,34 @@ def test_the_target_is_read_in_the_backward_pass(config):
   config.target.domain = 'herd'
   with pytest.raises(UserError, match=r"no domain 'herd'.*hard"):
     train.build(config)
+
+
+def test_adapt_reads_its_anchors_on_training_blocks_of_the_target(config, tmp_path):
+  config.target.update(
+    domain='hard', read='representation', blocks=3, every=2
+  )  # 3: rows of padding
+  common.set_arm(config, 'adapt:0.1')
+  config.w.loss.start = 0
+  run = train.build(config)
+  metrics, batch, state = _first_step(run)
+
+  def unit(tokens, base):
+    """Unit vectors of float64 position-weighted means, by a loop."""
+    hidden = np.asarray(gpt2.hidden(state.params, tokens[:, :-1], run.model), np.float64)
+    for row, valid in zip(hidden, np.asarray(base) > 0):
+      pooled = sum((t + 1) * h for t, h in enumerate(row[valid]))
+      yield pooled / np.linalg.norm(pooled)
+
+  first = run.corpus.domains.index('hard')
+  size = int(run.corpus.sizes('train')[first])
+  ids = [run.corpus.example_id(first, i * size // 3, 'train') for i in range(3)]
+  blocks = run.corpus.rows('train', np.array(ids))
+  anchor = np.mean(list(unit(blocks['tokens'], blocks['base'])), axis=0)
+  np.testing.assert_allclose(run.signals(state.params)['anchor'], anchor, rtol=1e-4, atol=1e-6)
+  cosine = np.array([phi @ anchor for phi in unit(batch['tokens'], batch['base'])])
+  raw = 1 / (1 + np.exp(-cosine / 0.1))
+  np.testing.assert_allclose(metrics['weights'][:, 0], raw / raw.mean(), rtol=1e-3)
+  assert train.train(config, tmp_path / 'run')['status'] == 'done'
 
 
 def test_arms_of_a_comparison_may_change_any_key(config, tmp_path):
