@@ -181,12 +181,11 @@ def count_flops(plan: Plan, board: Board) -> Board:
   """The board with the FLOPs of a step, where arms change more than the weighting."""
   if not any('@' in arm.name for arm in board.arms):
     return board
-  from experiments import train
-  from experiments.bench import step_cost
+  from experiments import dry_run, train
 
   def counted(arm: Arm) -> Arm:
     run = train.build(plan.unit_config(arm.name, plan.lrs[0], plan.seeds[0]))
-    return dataclasses.replace(arm, step_flops=step_cost.costs_of(run).matmul_flops)
+    return dataclasses.replace(arm, step_flops=dry_run.step_costs(run).matmul_flops)
 
   return dataclasses.replace(board, arms=tuple(map(counted, board.arms)))
 

@@ -43,6 +43,13 @@ def describe(run: Run) -> str:
   )
 
 
+def step_costs(run: Run) -> compiled.Costs:
+  """Exact costs of the library's step, without what the training program logs beside it."""
+  step = jax.jit(run.step, donate_argnums=0)
+  signals = jax.eval_shape(run.signals, run.abstract_state.params)
+  return compiled.costs(step.lower(run.abstract_state, any_batch(run), signals).compile())
+
+
 def any_batch(run: Run) -> dict[str, jax.Array]:
   """A batch of the right shape, without touching the run's own position in the data."""
   batches = pipeline.eval_batches(

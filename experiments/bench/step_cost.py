@@ -108,26 +108,14 @@ def build(config, arm: str, devices, **changes):
   return train.build(config, devices)
 
 
-def costs_of(run):
-  """Exact costs of the library's step, without what the training program logs beside it."""
-  import jax
-
-  from experiments import compiled, dry_run
-
-  step = jax.jit(run.step, donate_argnums=0)
-  batch = dry_run.any_batch(run)
-  signals = jax.eval_shape(run.signals, run.abstract_state.params)
-  return compiled.costs(step.lower(run.abstract_state, batch, signals).compile())
-
-
 def count(config, arms: list[str], devices) -> list[dict]:
   """Exact costs of every arm, and the collectives it has beyond the first."""
-  from experiments import compiled
+  from experiments import compiled, dry_run
 
   rows, reference = [], None
   for arm in arms:
     started = time.perf_counter()
-    costs = costs_of(build(config, arm, devices))
+    costs = dry_run.step_costs(build(config, arm, devices))
     reference = reference or costs
     extra = compiled.extra_collectives(reference, costs)
     rows.append(
@@ -146,6 +134,8 @@ def count(config, arms: list[str], devices) -> list[dict]:
 
 def count_accumulation(config, arms: list[str], microbatches: int, devices) -> list[dict]:
   """What accumulation costs an arm in every scope it has, against one batch of the same size."""
+  from experiments import dry_run
+
   rows = []
   for arm in arms:
     run = build(config, arm, devices)
@@ -153,7 +143,7 @@ def count_accumulation(config, arms: list[str], microbatches: int, devices) -> l
     if run.weighting.log_weights is not None:
       scopes.insert(1, 'online')
     for m, scope in [(1, 'global'), *((microbatches, scope) for scope in scopes)]:
-      costs = costs_of(build(config, arm, devices, microbatches=m, scope=scope))
+      costs = dry_run.step_costs(build(config, arm, devices, microbatches=m, scope=scope))
       rows.append(
         {
           'weighting': arm,
@@ -168,6 +158,8 @@ def count_accumulation(config, arms: list[str], microbatches: int, devices) -> l
 
 def count_growth(config, arms: list[str], devices) -> list[dict]:
   """Exact costs of arms at other sizes: batch and sequence on one device, then more devices."""
+  from experiments import dry_run
+
   batch, length = config.batch_size, config.data.seq_len
   sizes = [(batch * k, length, 1) for k in (1, 2, 4)]
   sizes += [(batch, length // k, 1) for k in (2, 4) if length % k == 0]
@@ -176,7 +168,7 @@ def count_growth(config, arms: list[str], devices) -> list[dict]:
   for rows_of_batch, positions, count_devices in sizes:
     for arm in arms:
       changes = {'batch_size': rows_of_batch, 'data.seq_len': positions}
-      costs = costs_of(build(config, arm, devices[:count_devices], **changes))
+      costs = dry_run.step_costs(build(config, arm, devices[:count_devices], **changes))
       rows.append(
         {
           'weighting': arm,

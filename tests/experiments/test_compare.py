@@ -273,15 +273,27 @@ def test_processors_are_dealt_out_to_the_jobs(monkeypatch, processors, jobs, sha
   assert compare.processor_shares(jobs) == shares
 
 
-def test_units_in_processes_of_their_own(tmp_path):
-  config = small.config(small.write_corpus(tmp_path / 'corpus'), tmp_path / 'prepared', steps=2)
-  settings = {'metric': 'macro_bpb', 'workdir': str(tmp_path / 'board')}
-  plan = compare.make_plan(config, 'uniform,linupper:1.0', None, 1, **settings)
-  board = compare.compare(plan, jobs=2)
-  assert [run.result['steps'] for arm in board.arms for run in arm.runs] == [2, 2]
+def test_the_program_runs_units_in_processes_of_their_own(tmp_path):
+  corpus = small.write_corpus(tmp_path / 'corpus')
+
+  def program(path):
+    command = [
+      *(sys.executable, '-m', 'experiments.compare', f'--config=configs/lm.py:path={path},quick'),
+      *('--weightings=uniform,uniform@batch_size=4', '--seeds=1', '--jobs=2'),
+      *('--config.total_steps=2', f'--config.data.root={tmp_path / "prepared"}'),
+      f'--workdir={tmp_path / "board"}',
+    ]
+    environ = {**os.environ, 'JAX_NUM_CPU_DEVICES': '1'}
+    return subprocess.run(command, capture_output=True, text=True, env=environ)
+
+  done = program(corpus)
+  assert done.returncode == 0, done.stderr
+  arms = files.read_json(tmp_path / 'board' / 'compare.json')['arms']
+  assert arms[0]['step_flops'] == 2 * arms[1]['step_flops'] > 0
+  assert (tmp_path / 'board' / 'report.html').stat().st_size > 1000
+  assert 'uniform@batch_size=4' in done.stdout
 
   # A mistake in a unit comes back as the one line it is.
-  config.data.path = str(tmp_path)
-  plan = compare.make_plan(config, 'uniform', None, 1, **settings)
-  with pytest.raises(UserError, match=r'data\.path'):
-    compare.compare(plan, jobs=2)
+  broken = program(tmp_path)
+  assert broken.returncode == 2
+  assert 'data.path' in broken.stderr.splitlines()[-1]
