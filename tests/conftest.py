@@ -1,4 +1,4 @@
-"""Eight CPU devices, quick compilation and one compile cache, set before jax is imported anywhere."""
+"""Eight CPU devices, quick compilation and one cache of it, set before jax is imported anywhere."""
 
 import os
 import tempfile
