@@ -86,9 +86,9 @@ class Run:
 class Arm:
   """One weighting at its best learning rate.
 
-  `grid` holds (learning rate, value on the first seed) of every rate tried; `lr` is None, and
-  `runs` empty, when every rate diverged. `step_flops` are the matmul FLOPs of one compiled step,
-  counted where arms differ in more than the weighting.
+  `grid` holds (learning rate, mean value on the tuning seeds) of every rate tried; `lr` is None,
+  and `runs` empty, when every rate diverged. `step_flops` are the matmul FLOPs of one compiled
+  step, counted where arms differ in more than the weighting.
   """
 
   name: str

@@ -4,9 +4,10 @@
     --weightings=uniform,linupper:1.0,linupper:0.4 --lrs=1e-3,3e-3,1e-2 --seeds=3
 
 Every weighting (an arm; the first is the baseline) is trained at every learning rate on the first
-seed; each arm's best rate is then trained on all seeds. Runs with equal seeds share their initial
-parameters and their batches, so differences are paired. A unit of this work is one run directory in
-WORKDIR/runs; finished ones are skipped and killed ones resume, so repeat the command to continue.
+seed (with --tune_seeds=N, on N); each arm's best rate is then trained on all seeds. Runs with equal
+seeds share their initial parameters and their batches, so differences are paired. A unit of this
+work is one run directory in WORKDIR/runs; finished ones are skipped and killed ones resume, so
+repeat the command to continue.
 --jobs=N trains N units at a time, for machines with cores to spare.
 
 An arm may change more than the weighting: 'uniform@batch_size=8' or, for selective backward,
@@ -23,6 +24,7 @@ import multiprocessing
 import os
 import queue
 import re
+import statistics
 import sys
 import threading
 import time
@@ -54,6 +56,7 @@ class Plan:
   seeds: tuple[int, ...]
   metric: str
   folder: Path
+  tune_seeds: int = 1  # how many of the seeds choose the learning rate
 
   @property
   def cache(self) -> Path:
@@ -62,7 +65,8 @@ class Plan:
 
   @property
   def num_units(self) -> int:
-    return len(self.weightings) * (len(self.lrs) + len(self.seeds) - 1)
+    others = len(self.seeds) - self.tune_seeds
+    return len(self.weightings) * (len(self.lrs) * self.tune_seeds + others)
 
   def unit_config(self, weighting: str, lr: float, seed: int) -> ConfigDict:
     config = config_lib.from_json(config_lib.to_json(self.config))
@@ -78,7 +82,13 @@ class Plan:
 
 
 def make_plan(
-  config: ConfigDict, weightings: str, lrs: str | None, seeds: int, metric: str, workdir: str
+  config: ConfigDict,
+  weightings: str,
+  lrs: str | None,
+  seeds: int,
+  metric: str,
+  workdir: str,
+  tune_seeds: int = 1,
 ) -> Plan:
   """Checks everything that can be wrong before hours are spent.
 
@@ -89,6 +99,8 @@ def make_plan(
     raise UserError('--workdir is missing: try --workdir=runs/board')
   if seeds < 1:
     raise UserError(f'--seeds={seeds}: must be at least 1; 3 or more give a usable interval')
+  if not 1 <= tune_seeds <= seeds:
+    raise UserError(f'--tune_seeds={tune_seeds}: must be from 1 to the number of --seeds={seeds}')
   if metric not in METRICS:
     raise UserError(f'--metric={metric}: must be one of {", ".join(METRICS)}')
   plan = Plan(
@@ -98,6 +110,7 @@ def make_plan(
     seeds=tuple(range(config.seed, config.seed + seeds)),
     metric=metric,
     folder=Path(workdir),
+    tune_seeds=tune_seeds,
   )
   seen: dict[str, str] = {}
   for weighting in plan.weightings:
@@ -156,17 +169,19 @@ def compare(plan: Plan, train: TrainFn | None = None, jobs: int = 1) -> Board:
     jobs: how many units run at once, each in a process of its own; 1 runs them in this process.
   """
   units = Units(plan, train or (default_train() if jobs == 1 else TrainInProcess(plan, jobs)), jobs)
-  first, *others = plan.seeds
-  grids: dict[str, dict[float, float]] = {weighting: {} for weighting in plan.weightings}
-  tries = [(weighting, lr, first) for lr in plan.lrs for weighting in plan.weightings]
+  tuning, others = plan.seeds[: plan.tune_seeds], plan.seeds[plan.tune_seeds :]
+  tried: dict[str, dict[float, list[float]]] = {weighting: {} for weighting in plan.weightings}
+  tries = [(w, lr, seed) for seed in tuning for lr in plan.lrs for w in plan.weightings]
   for (weighting, lr, _), run in zip(tries, units.finish(tries)):
-    grids[weighting][lr] = run.value(plan.metric)
+    tried[weighting].setdefault(lr, []).append(run.value(plan.metric))
+  # The mean is infinite where a seed diverged.
+  grids = {w: {lr: statistics.fmean(v) for lr, v in rates.items()} for w, rates in tried.items()}
   best = {weighting: best_rate(grid) for weighting, grid in grids.items()}
   units.skip(len(others) * sum(lr is None for lr in best.values()))
   runs: dict[str, list[Run]] = {weighting: [] for weighting in plan.weightings}
   for weighting, lr in best.items():
     if lr is not None:
-      runs[weighting].append(Run(plan.unit_folder(weighting, lr, first)))
+      runs[weighting].extend(Run(plan.unit_folder(weighting, lr, seed)) for seed in tuning)
   # Seeds outside, arms inside: whenever this is killed, most pairs are complete.
   repeats = [(w, lr, seed) for seed in others for w, lr in best.items() if lr is not None]
   for (weighting, *_), run in zip(repeats, units.finish(repeats)):
@@ -342,6 +357,7 @@ def define_flags() -> None:
   flags.DEFINE_string('weightings', 'uniform,linupper:0.4', 'arms; the first: baseline')
   flags.DEFINE_string('lrs', None, 'peak learning rates to try; default: the one of the config')
   flags.DEFINE_integer('seeds', 3, 'paired seeds of every arm, from config.seed on')
+  flags.DEFINE_integer('tune_seeds', 1, 'how many of them choose the learning rate, by their mean')
   flags.DEFINE_enum('metric', 'macro_bpb', list(METRICS), 'what picks the learning rate')
   flags.DEFINE_integer('jobs', 1, 'runs at once, in processes of their own', lower_bound=1)
   flags.DEFINE_string('workdir', '', 'where runs and report go; the same one to continue')
@@ -351,7 +367,13 @@ def main(_: list[str]) -> None:
   from experiments import report  # here, so that a missing library is known before training
 
   plan = make_plan(
-    FLAGS.config, FLAGS.weightings, FLAGS.lrs, FLAGS.seeds, FLAGS.metric, FLAGS.workdir
+    FLAGS.config,
+    FLAGS.weightings,
+    FLAGS.lrs,
+    FLAGS.seeds,
+    FLAGS.metric,
+    FLAGS.workdir,
+    FLAGS.tune_seeds,
   )
   cli.use_compilation_cache(plan.cache)
   board = count_flops(plan, compare(plan, jobs=FLAGS.jobs))

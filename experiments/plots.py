@@ -260,12 +260,15 @@ def draw_png(draw: Callable[[], Figure | None], theme: Theme) -> bytes | None:
 
 
 def draw_step_cost(record: dict[str, Any], theme: Theme) -> Figure:
-  """Step time, matmul FLOPs and temporary memory of the arms, over those of the first."""
+  """Step time, matmul FLOPs and temporary memory of the arms, over those of the first; and how the
+  counts grow, where the record has that."""
   times = {row['weighting']: row for row in record.get('times', ())}
   counts = {row['weighting']: row for row in record['counts']}
   names = list(dict.fromkeys((*times, *counts)))[::-1]
-  figure = Figure(figsize=(8.5, 1.3 + 0.36 * len(names)), layout='constrained')
-  panels = figure.subplots(1, 3, sharey=True)
+  height, growth = 1.3 + 0.36 * len(names), record.get('growth', ())
+  figure = Figure(figsize=(8.5, height + 3.2 * bool(growth)), layout='constrained')
+  ratios, *below = figure.subfigures(2, height_ratios=(height, 3.2)) if growth else (figure,)
+  panels = ratios.subplots(1, 3, sharey=True)
   first = record['counts'][0]
   columns = (
     ('step time', {name: row['ratio'] for name, row in times.items()}),
@@ -283,7 +286,39 @@ def draw_step_cost(record: dict[str, Any], theme: Theme) -> Figure:
     ax.grid(axis='x')
     ax.set_xlabel(f'ratio to {first["weighting"]}')
   panels[0].set_yticks(range(len(names)), names)
+  for part in below:
+    draw_growth(part, growth, theme)
   return figure
+
+
+def draw_growth(figure: Any, rows: Sequence[dict[str, Any]], theme: Theme) -> None:
+  """FLOPs (solid) and temporary memory (dashed) of a device over batch, sequence and devices."""
+  axes = ('batch_size', 'seq_len', 'devices')
+  base = {axis: rows[0][axis] for axis in axes}
+  arms = list(dict.fromkeys(row['weighting'] for row in rows))
+  kinds = (('matmul_flops', 1e6, '-', 'MFLOP'), ('temp_bytes', 1e6, '--', 'temporary MB'))
+  for ax, axis in zip(figure.subplots(1, 3, sharey=True), axes):
+    for i, arm in enumerate(arms):
+      others = [other for other in axes if other != axis]
+      line = [
+        row
+        for row in rows
+        if row['weighting'] == arm and all(row[other] == base[other] for other in others)
+      ]
+      line.sort(key=lambda row: row[axis])
+      for key, unit, style, label in kinds:
+        values = [row[key] / unit for row in line]
+        ax.plot(
+          [row[axis] for row in line], values, style + MARKERS[i % len(MARKERS)], ms=4,
+          color=theme.colors[i % LINES_BEFORE_REPEAT], label=f'{label}, {arm}',
+        )  # fmt: skip
+    ticks = sorted({row[axis] for row in rows})
+    ax.set_xscale('log', base=2)
+    ax.set_yscale('log')
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.set_xlabel({'batch_size': 'rows', 'seq_len': 'positions'}.get(axis, axis))
+    ax.grid()
+  figure.legend(*ax.get_legend_handles_labels(), loc='outside upper left', ncols=2, frameon=False)
 
 
 def seed_curves(

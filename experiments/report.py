@@ -54,7 +54,7 @@ CAPTIONS = {
   ),
   'learning_rates': (
     'Learning rates',
-    'Every arm got the same grid on the first seed. A ring marks the rate that was used, a cross '
+    'Every arm got the same grid on the same seeds. A ring marks the rate that was used, a cross '
     'one that diverged.',
   ),
   'domain_weights': (

@@ -57,6 +57,13 @@ def test_the_rate_is_picked_by_the_metric_on_the_first_seed(tmp_path):
   assert [arm.lr for arm in board.arms] == [1e-3, 1e-3]
   assert [arm.edge for arm in board.arms] == ['lowest', 'lowest']
   assert 'uniform: the best learning rate, 0.001, is the lowest' in verdict.board_text(board)
+  tuned = make_plan(tmp_path / 'tuned', metric='worst_bpb', tune_seeds=3)
+  train = Misleading()
+  board = compare.compare(tuned, train)
+  assert [arm.lr for arm in board.arms] == [1e-2, 1e-2]
+  assert board.arms[0].grid == ((1e-3, 5 / 3), (3e-3, 2.0), (1e-2, 4 / 3))
+  assert [len(arm.runs) for arm in board.arms] == [3, 3]
+  assert len(train.calls) == tuned.num_units == 18
 
 
 def test_paired_differences_are_by_seed(tmp_path):

@@ -102,8 +102,18 @@ def test_a_baseline_shows_what_changed():
 
 
 def test_the_plot_is_a_picture():
-  draw = lambda: plots.draw_step_cost(_record(), plots.LIGHT)
-  assert plots.draw_png(draw, plots.LIGHT).startswith(b'\x89PNG')
+  grown = [
+    {
+      **{'weighting': 'uniform', 'batch_size': rows, 'seq_len': 32, 'devices': devices},
+      **{'matmul_flops': 1e6 * rows / devices, 'temp_bytes': 1e5 * rows},
+    }
+    for rows, devices in ((8, 1), (16, 1), (8, 2))
+  ]
+  for record in (_record(), _record() | {'growth': grown}):
+    draw = lambda: plots.draw_step_cost(record, plots.LIGHT)  # noqa: B023
+    assert plots.draw_png(draw, plots.LIGHT).startswith(b'\x89PNG')
+  panel = plots.draw_step_cost(record, plots.LIGHT).subfigs[1].axes[0]
+  assert panel.lines[0].get_xydata().tolist() == [[8, 8], [16, 16]]  # rows, MFLOP
 
 
 def test_the_peer_is_the_same_model(config):
