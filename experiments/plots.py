@@ -202,24 +202,29 @@ def draw_concentration(board: Board, theme: Theme) -> Figure | None:
 
 
 def draw_frontier(board: Board, theme: Theme) -> Figure | None:
-  """Final value against the matmul FLOPs that a run spent, where arms differ in FLOPs."""
+  """Validation metric against the matmul FLOPs spent so far, where arms differ in FLOPs."""
   arms = [(i, arm) for i, arm in enumerate(board.arms) if arm.step_flops and arm.survivors]
   if len({arm.step_flops for _, arm in arms}) < 2:
     return None
   fig = Figure(figsize=(7, 4), layout='constrained')
   ax = fig.subplots()
   for i, arm in arms:
+    unit = arm.step_flops / 1e12
+    style = style_of(i, theme)
+    steps, curves = seed_curves(arm, 'eval', lambda row: lookup(row, board.metric))
+    if len(steps):
+      ax.plot(steps * unit, curves.mean(0), lw=1.4, **style)
     values = list(arm.values(board.metric).values())
-    spent = arm.step_flops * arm.survivors[0].result['steps'] / 1e12
-    color = theme.colors[i % LINES_BEFORE_REPEAT]
-    ax.plot([spent] * len(values), values, '.', color=color, alpha=0.5)
+    spent = arm.survivors[0].result['steps'] * unit
+    ax.plot([spent] * len(values), values, '.', color=style['color'], alpha=0.5)
     marker = MARKERS[i % len(MARKERS)]
-    ax.plot(spent, np.mean(values), marker, color=color, ms=7, label=arm.name)
+    ax.plot(spent, np.mean(values), marker, color=style['color'], ms=7, label=arm.name)
   ax.set_xlim(0, None)
   ax.grid()
-  ax.set_xlabel('matmul TFLOP of a run')
-  ax.set_ylabel(f'{METRICS[board.metric]}, every seed and the mean')
-  fig.legend(loc='outside upper left', ncols=2, frameon=False)
+  ax.set_xlabel('matmul TFLOP spent')
+  ax.set_ylabel(f'{METRICS[board.metric]}, mean and every seed')
+  longest = max(len(arm.name) for _, arm in arms)
+  fig.legend(loc='outside upper left', ncols=1 if longest > 40 else 2, frameon=False)
   return fig
 
 

@@ -116,13 +116,16 @@ def choose_rows(mass: jax.Array, keep: Keep, key: jax.Array) -> tuple[jax.Array,
 
 def take_rows(tree: Any, indices: jax.Array) -> Any:
   """`[B, ...]` leaves -> the kept rows `[S * k, ...]`, group by group; see `choose_rows`."""
+  return jax.tree.map(lambda leaf: _take(leaf, indices, 0), tree)
 
-  def take(leaf):
-    groups = leaf.reshape(indices.shape[0], -1, *leaf.shape[1:])
-    kept = jax.vmap(lambda rows, i: rows[i])(groups, indices)
-    return kept.reshape(-1, *leaf.shape[1:])
 
-  return jax.tree.map(take, tree)
+def _take(x: jax.Array, indices: jax.Array, axis: int) -> jax.Array:
+  """The kept rows of x, which lie along `axis`; no other axis is moved."""
+  before, after = x.shape[:axis], x.shape[axis + 1 :]
+  groups = x.reshape(*before, indices.shape[0], -1, *after)
+  rows_of = lambda group, kept: jnp.take(group, kept, axis=axis, mode='clip')
+  kept = jax.vmap(rows_of, in_axes=(axis, 0), out_axes=axis)(groups, indices)
+  return kept.reshape(*before, -1, *after)
 
 
 def kept_gradient(
@@ -177,5 +180,4 @@ def _cut(residual: jax.Array, shape: tuple[int, ...], rows: int, indices: jax.Ar
   # The axis must be the batch and nothing else: in a merged axis the order of rows is unknown.
   if residual.ndim != len(shape) or len(axes) != 1 or residual.shape[axes[0]] != rows:
     raise ValueError(_NO_BATCH_AXIS.format(f'a residual of shape {residual.shape}'))
-  front = jnp.moveaxis(residual, axes[0], 0)
-  return jnp.moveaxis(take_rows(front, indices), 0, axes[0])
+  return _take(residual, indices, axes[0])
