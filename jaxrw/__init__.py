@@ -6,7 +6,7 @@
 >>> loss = jnp.mean(w * losses)                             # instead of jnp.mean(losses)
 """
 
-from jaxrw import diagnostics, gradients, losses, masked, weights
+from jaxrw import diagnostics, gradients, losses, masked, mixtures, weights
 from jaxrw.bilevel import make_bilevel_step
 from jaxrw.core import Weighting, after, chain, from_config
 from jaxrw.selective import Keep
@@ -30,6 +30,7 @@ __all__ = [
   'make_bilevel_step',
   'make_train_step',
   'masked',
+  'mixtures',
   'weights',
 ]
 __all__ += [name for name in _weight_names if name not in weights.RECONSTRUCTED]

@@ -3,8 +3,8 @@
 Examples:
   python -m experiments.bench.step_cost --config=configs/quickstart.py
   python -m experiments.bench.step_cost --config=configs/lm.py:layers=4,width=256 \\
-      --weightings=uniform,uniform,linupper:0.4,trimmed:share=0.5@keep.rows=8 --rounds=60 \\
-      --json=cost.json --plot=cost.png
+      --weightings=uniform,uniform,linupper:0.4,trimmed:share=0.5@keep.rows=1@keep.groups=8 \\
+      --rounds=60 --json=cost.json --plot=cost.png
   python -m experiments.bench.step_cost --config=configs/quickstart.py --baseline=cost.json
 
 An arm is a weighting and, after '@', changes of the config, as in experiments.compare. Counts
