@@ -287,11 +287,12 @@ def check_range(ids: jax.Array, size: int, name: str) -> jax.Array:
   if not jnp.issubdtype(ids.dtype, jnp.integer):
     raise TypeError(f'{name} has dtype {ids.dtype}; expected integers')
   fine = (ids >= -1) & (ids < size)
-  if not isinstance(fine, jax.core.Tracer) and not bool(jnp.all(fine)):
-    wrong = ids[jnp.argmin(fine)]
+  # Inside jit even jnp.all of a host array is traced.
+  every = np.all if isinstance(fine, np.ndarray) else jnp.all
+  if not isinstance(fine, jax.core.Tracer) and not bool(every(fine)):
     raise IndexError(
-      f'{name} holds {wrong}, but there are {size} entries: ids are 0 to {size - 1}, or -1 for '
-      'unknown'
+      f'{name} holds {ids[~fine][0]}, but there are {size} entries: ids are 0 to {size - 1}, or -1 '
+      'for unknown'
     )
   return fine
 

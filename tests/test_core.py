@@ -230,3 +230,15 @@ def test_declarations_say_what_the_stage_promises():
   assert jaxrw.upper.declaration.provenance == 'official_code'
   assert jaxrw.row_shuffled.declaration.provenance == 'ours'
   assert jaxrw.cap.declaration.level == 'entry'
+
+
+# check_range
+
+
+def test_ids_on_the_host_are_checked_inside_jit_too():
+  check = lambda *ids: jax.jit(
+    lambda: core.check_range(np.array(ids), 3, 'group_ids') & jnp.ones((), bool)
+  )
+  assert check(0, 2, -1)().tolist() == [True, True, True]
+  with pytest.raises(IndexError, match='group_ids holds 3, but there are 3 entries'):
+    check(0, 3)()
