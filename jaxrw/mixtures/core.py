@@ -13,11 +13,11 @@ stays), or through both.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 
-MODES = ('sample', 'weigh')
+Mode = Literal['sample', 'weigh']
 
 
 class Mixture(NamedTuple):
@@ -35,3 +35,8 @@ class Mixture(NamedTuple):
   update: Callable[..., Any]
   proportions: Callable[[Any], jax.Array]
   objective: Callable[[Any], jax.Array]
+
+
+def check_mode(mode: str) -> None:
+  if mode not in get_args(Mode):
+    raise ValueError(f'mode={mode!r} must be one of {get_args(Mode)}')

@@ -32,9 +32,8 @@ import numpy as np
 from jaxrw import diagnostics, masked
 from jaxrw.core import at_step, check_positive, check_range, declare
 from jaxrw.mixtures._simplex import Vector, check_domains, check_drawn, normalized, on_simplex
-from jaxrw.mixtures.core import MODES, Mixture
+from jaxrw.mixtures.core import Mixture, Mode, check_mode
 
-Mode = Literal['sample', 'weigh']
 Rate = float | jax.Array | Callable[[Any], Any]
 State = TypeVar('State')
 
@@ -561,8 +560,7 @@ def _averaged(new_scores, rate, num_domains, initial, terms, floor, mode, sample
 
 def _views(mode, sampled, first, floor, alpha_of):
   """(proportions, objective) of a mixture whose state holds alpha, at first `first`."""
-  if mode not in MODES:
-    raise ValueError(f'mode={mode!r} must be one of {MODES}')
+  check_mode(mode)
   if mode == 'sample':
     if sampled is not None:
       raise ValueError("sampled is what mode='weigh' draws with: set that mode or leave it out")

@@ -40,7 +40,7 @@ from jaxrw.mixtures._simplex import (
   on_simplex,
   sizes_of,
 )
-from jaxrw.mixtures.core import MODES, Mixture
+from jaxrw.mixtures.core import Mixture, Mode, check_mode
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -397,7 +397,7 @@ def scheduled(
   counts: Vector,
   tau: float | Schedule = 1.0,
   *,
-  mode: Literal['sample', 'weigh'] = 'sample',
+  mode: Mode = 'sample',
   sampled: Vector | None = None,
 ) -> Mixture:
   """`temperature_probs(counts, tau(step))`, drawn or weighed. State: it, float32[G].
@@ -426,8 +426,7 @@ def scheduled(
     >>> [round(float(q), 3) for q in mixture.proportions(mixture.update(state, step=10))]
     [0.9, 0.1]
   """
-  if mode not in MODES:
-    raise ValueError(f'mode={mode!r} must be one of {MODES}')
+  check_mode(mode)
   if mode == 'sample' and sampled is not None:
     raise ValueError("sampled is what mode='weigh' draws with: set that mode or leave it out")
   check_positive(tau=tau)
