@@ -288,6 +288,8 @@ def draw_step_cost(record: dict[str, Any], theme: Theme) -> Figure:
         ax.plot(values[name], y, MARKERS[0], color=theme.colors[1])
       if ax is panels[0] and name in times:
         ax.plot([times[name]['low'], times[name]['high']], [y, y], color=theme.colors[1])
+    low, high = ax.get_xlim()
+    ax.set_xlim(min(low, 0.95), max(high, 1.05))  # differences of no account look like it
     ax.grid(axis='x')
     ax.set_xlabel(f'ratio to {first["weighting"]}')
   panels[0].set_yticks(range(len(names)), names)
