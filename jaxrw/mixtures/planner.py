@@ -15,6 +15,7 @@ import numpy as np
 
 _OFFSET, _ORDER, _SHUFFLE = 1, 2, 3  # one hash stream per use
 _ROUNDS = 6
+_SUM_ERROR = 1e-3  # of proportions: far above rounding in float32, far below any real mistake
 
 
 class PlannerState(NamedTuple):
@@ -30,23 +31,25 @@ class Plan(NamedTuple):
   domain: np.ndarray  # int32[B]
   index: np.ndarray  # int64[B]: record within the domain
   epoch: np.ndarray  # int32[B]: how often the domain had been used up before
-  sampling_prob: np.ndarray  # float32[B]: proportions[domain]
+  sampling_prob: np.ndarray  # float32[B]: q of the row's domain in this step
 
 
 class Planner:
-  """Plans global batches with fixed domain proportions.
+  """Plans global batches; the domains' proportions may be others in every step.
 
   For step t, the row offsets u_j = (j + U_t) / B cut [0, 1) into B equal parts at a random phase
   U_t; row j takes the domain whose share of the cumulative proportions contains u_j (systematic
-  sampling), and the rows are then permuted. Hence the count of domain k differs from B * p_k by
-  less than 1 in every step and equals it in expectation, however small p_k is. Within a domain,
+  sampling), and the rows are then permuted. Hence the count of domain k differs from B * q_k by
+  less than 1 in every step and equals it in expectation, however small q_k is. Within a domain,
   records come without replacement in an order shuffled anew each epoch.
 
   Args:
     sizes: int[K], records per domain.
     batch_size: rows B of the global batch.
-    proportions: float[K], non-negative; normalized here.
+    proportions: float[K], q where `plan` is not told another, non-negative; normalized here.
     seed: plans with different seeds are unrelated.
+    max_epochs: how often a record may be used at most; 0: as often as the proportions say. What a
+      domain may no longer take is shared out among the others, in their proportions.
 
   Raises:
     ValueError: for an impossible argument, naming the domain where there is one.
@@ -56,40 +59,60 @@ class Planner:
     >>> plan, state = planner.plan(planner.init())
     >>> sorted(plan.domain.tolist()), state.step, state.used.tolist()
     ([0, 0, 0, 1], 1, [3, 1])
+    >>> plan, state = planner.plan(state, [0.0, 1.0])
+    >>> plan.domain.tolist(), state.used.tolist()
+    ([1, 1, 1, 1], [3, 5])
   """
 
   def __init__(
-    self, sizes: Sequence[int], batch_size: int, proportions: Sequence[float], seed: int
+    self,
+    sizes: Sequence[int],
+    batch_size: int,
+    proportions: Sequence[float],
+    seed: int,
+    max_epochs: int = 0,
   ):
     self.sizes = np.asarray(sizes, np.int64)
-    weights = np.asarray(proportions, np.float64)
-    if self.sizes.ndim != 1 or weights.shape != self.sizes.shape or not weights.size:
-      raise ValueError(
-        f'sizes {self.sizes.shape} and proportions {weights.shape} must be two equally long lists'
-      )
     if batch_size < 1:
       raise ValueError(f'batch_size={batch_size} must be at least 1')
-    if not np.all(np.isfinite(weights)) or np.any(weights < 0) or weights.sum() <= 0:
-      raise ValueError('proportions must be finite and non-negative, and not all zero')
-    empty = np.flatnonzero((weights > 0) & (self.sizes < 1))
-    if empty.size:
-      raise ValueError(f'domain {empty[0]} has no records but proportion {weights[empty[0]]:g}')
+    if max_epochs < 0:
+      raise ValueError(f'max_epochs={max_epochs} must be at least 1, or 0 for no limit')
     self.batch_size = int(batch_size)
     self.seed = int(seed)
+    self.max_epochs = int(max_epochs)
+    weights = self._checked(proportions)
     self.proportions = weights / weights.sum()
-    self._upper = np.cumsum(self.proportions)
-    # Rounding may leave the last sum just below 1; an offset beyond it must not fall off the end.
-    self._upper[np.flatnonzero(weights)[-1] :] = np.inf
 
   def init(self) -> PlannerState:
     """The state before the first step."""
     return PlannerState(0, np.zeros(self.sizes.size, np.int64))
 
-  def plan(self, state: PlannerState) -> tuple[Plan, PlannerState]:
-    """Plans the batch of step `state.step` and returns it with the state after it."""
+  def plan(
+    self, state: PlannerState, proportions: Sequence[float] | np.ndarray | None = None
+  ) -> tuple[Plan, PlannerState]:
+    """Plans the batch of step `state.step`.
+
+    Args:
+      state: from `init`, or from the plan before.
+      proportions: float[K], q of this step, sums to 1; None for those of the planner.
+
+    Returns:
+      (plan, the state after it).
+
+    Raises:
+      ValueError: q off the simplex or on an empty domain; or every domain with a share has been
+        used `max_epochs` times.
+    """
+    share = self.proportions if proportions is None else self._on_simplex(proportions)
+    share, full = self._within_limit(share, state)
+    # Full domains first: what they take are whole numbers of rows, which add up without rounding.
+    order = np.argsort(~full, kind='stable')
     rows = np.arange(self.batch_size)
     phase = _uniform(_hash(self.seed, _OFFSET, state.step))
-    domain = np.searchsorted(self._upper, (rows + phase) / self.batch_size, side='right')
+    upper = np.cumsum(share[order] * self.batch_size)
+    # Rounding may leave the last sum just below B; an offset beyond it must not fall off the end.
+    upper[np.flatnonzero(share[order])[-1] :] = np.inf
+    domain = order[np.searchsorted(upper, rows + phase, side='right')]
     domain = domain[np.argsort(_hash(self.seed, _ORDER, state.step, rows), kind='stable')]
     position = state.used[domain] + _rank_within(domain)
     size = self.sizes[domain]
@@ -98,14 +121,50 @@ class Planner:
       domain=domain.astype(np.int32),
       index=shuffled_index(position % size, size, self.seed, domain, epoch),
       epoch=epoch.astype(np.int32),
-      sampling_prob=self.proportions[domain].astype(np.float32),
+      sampling_prob=share[domain].astype(np.float32),
     )
     used = state.used + np.bincount(domain, minlength=self.sizes.size)
     return plan, PlannerState(state.step + 1, used)
 
   def expected_counts(self, steps: int) -> np.ndarray:
-    """Expected rows per domain over `steps` steps, float64[K]."""
-    return self.proportions * (self.batch_size * steps)
+    """Expected rows per domain over `steps` steps of the planner's own proportions, float64[K].
+
+    Raises:
+      ValueError: that is more than `max_epochs` of the domains with a share.
+    """
+    counts = self.proportions * (self.batch_size * steps)
+    return _filled_up(counts, self.max_epochs * self.sizes)[0] if self.max_epochs else counts
+
+  def _checked(self, proportions) -> np.ndarray:
+    weights = np.asarray(proportions, np.float64)
+    if self.sizes.ndim != 1 or weights.shape != self.sizes.shape or not weights.size:
+      raise ValueError(
+        f'sizes {self.sizes.shape} and proportions {weights.shape} must be two equally long lists'
+      )
+    if not np.all(np.isfinite(weights)) or np.any(weights < 0) or weights.sum() <= 0:
+      raise ValueError('proportions must be finite and non-negative, and not all zero')
+    empty = np.flatnonzero((weights > 0) & (self.sizes < 1))
+    if empty.size:
+      raise ValueError(f'domain {empty[0]} has no records but proportion {weights[empty[0]]:g}')
+    return weights
+
+  def _on_simplex(self, proportions) -> np.ndarray:
+    weights = self._checked(proportions)
+    total = weights.sum()
+    if abs(total - 1) > _SUM_ERROR:
+      raise ValueError(f'proportions sum to {total:g}; expected 1: divide by the sum')
+    return weights / total
+
+  def _within_limit(self, share: np.ndarray, state: PlannerState) -> tuple[np.ndarray, np.ndarray]:
+    """q that leaves every domain within `max_epochs`, and which domains take all they have left."""
+    if not self.max_epochs:
+      return share, np.zeros(share.size, bool)
+    room = self.max_epochs * self.sizes - state.used
+    try:
+      counts, full = _filled_up(share * self.batch_size, room)
+    except ValueError as error:
+      raise ValueError(f'step {state.step}: {error}') from None
+    return counts / self.batch_size, full
 
 
 def shuffled_index(position, size, seed: int, domain, epoch) -> np.ndarray:
@@ -174,6 +233,22 @@ def _as_uint64(word) -> np.ndarray:
 def _uniform(hashed: np.ndarray) -> float:
   """A float64 in [0, 1) from the top 53 bits."""
   return float((hashed >> np.uint64(11))[0]) * 2.0**-53
+
+
+def _filled_up(wanted: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """min(c * wanted, limits) with the c that keeps the sum, and where the limit is what counts."""
+  total, full = wanted.sum(), np.zeros(wanted.size, bool)
+  counts = wanted
+  while np.any(over := ~full & (wanted > 0) & (counts >= limits)):
+    full |= over
+    left, rest = total - limits[full].sum(), wanted[~full].sum()
+    if rest == 0 and left > 0:
+      raise ValueError(
+        f'the domains with a share have {limits[full].sum():,} records left for {total:,.0f} rows: '
+        'raise max_epochs, train for fewer steps or give other domains a share'
+      )
+    counts = np.where(full, limits, wanted * (left / rest if rest else 0))
+  return counts, full
 
 
 def _rank_within(groups: np.ndarray) -> np.ndarray:
