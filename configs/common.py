@@ -44,7 +44,7 @@ def base_config() -> ConfigDict:
       domain_key='domain',
       weight_key='weight',
       domains=(),  # a subset, by name; empty: all
-      mixture='uniform',  # or 'natural', or 'web=0.5,code=0.5'
+      mixture='uniform',  # or 'natural', 'web=0.5,code=0.5', or a run's mixture.json
       tokenizer='byte',  # or 'bpe:4096', or a path that ends in tokenizer.json
       seq_len=128,
       root='',  # where prepared data are kept; empty: $JAXRW_DATA or ~/.cache/jaxrw
@@ -80,6 +80,26 @@ def base_config() -> ConfigDict:
       warmup_steps=50,
       final_lr_ratio=0.1,
       decay_steps=0,  # wsd: 0 means the last 20%
+    )
+  )
+  # What changes data.mixture as the model trains: fn names a method of experiments/mixing.py ('':
+  # nothing does), args hold what it takes. mode 'sample': it decides what is drawn, `lag` steps
+  # later, so that no step waits; 'weigh': data.mixture is drawn, and it decides what counts for how
+  # much in the loss. It moves every `every` steps; methods that follow gradients read `rows` blocks
+  # of each domain then, and target_rows of the `target` domains (empty: all), out of the first
+  # target_blocks (0: all). max_epochs: how often any block may be drawn; 0: as often as it comes.
+  config.mixture = ConfigDict(
+    dict(
+      fn='',
+      mode='sample',
+      lag=8,
+      every=1,
+      rows=4,
+      target=(),
+      target_rows=32,
+      target_blocks=0,
+      max_epochs=0,
+      args=ConfigDict(),
     )
   )
   config.weighting = ('loss',)
@@ -174,7 +194,8 @@ def set_arm(config: ConfigDict, arm: str) -> None:
   Args:
     config: a config in the shape of `base_config`; may be locked.
     arm: a weighting (see `set_weighting`), then any number of '@key=value' with keys of the config:
-      'uniform@keep.rows=8@keep.sampled=true', 'uniform@batch_size=8'.
+      'uniform@keep.rows=8@keep.sampled=true', 'uniform@batch_size=8'. '@mixture=' takes a method
+      with its arguments: 'uniform@mixture=dga:rate=1.0:every=50' (see `set_mixture`).
 
   Raises:
     ConfigError: an arm that does not parse, an unknown key or a value of the wrong type.
@@ -183,6 +204,9 @@ def set_arm(config: ConfigDict, arm: str) -> None:
   set_weighting(config, spec)
   for change in changes:
     key, equals, text = change.partition('=')
+    if key == 'mixture':
+      set_mixture(config, text)
+      continue
     *path, name = key.split('.')
     node = config
     for part in path:
@@ -192,6 +216,34 @@ def set_arm(config: ConfigDict, arm: str) -> None:
       raise ConfigError(f'arm {arm!r}: {change!r} is not a <key of the config>=<value>')
     with config.unlocked():
       node[name] = _parse_value(key, text, type(node[name]))
+
+
+def set_mixture(config: ConfigDict, spec: str) -> None:
+  """Makes `spec` the mixture of `config`, in place.
+
+  Args:
+    config: a config in the shape of `base_config`; may be locked.
+    spec: a method and its arguments, 'dga:rate=1.0:every=50:target=qa'; keys of config.mixture go
+      there, the others to config.mixture.args. Several targets: 'target=qa+law'.
+
+  Raises:
+    ConfigError: a spec that does not parse. Whether the method exists is checked when it is built.
+  """
+  fn, *arguments = spec.split(':')
+  with config.unlocked():
+    config.mixture.fn, config.mixture.args = fn, ConfigDict()
+    for argument in arguments:
+      name, equals, text = argument.partition('=')
+      if not fn or not equals or not name or not text or name in ('fn', 'args'):
+        raise ConfigError(
+          f"mixture {spec!r}: write a method and its arguments, 'dga:rate=1.0:every=50'"
+        )
+      if name == 'target':
+        config.mixture.target = tuple(text.split('+'))
+      elif name in config.mixture:
+        config.mixture[name] = _parse_value(name, text, type(config.mixture[name]))
+      else:
+        config.mixture.args[name] = _number_or_word(text, int)
 
 
 _TEMPERED = ('linupper', 'linupper_stale', 'quadratic', 'extremes', 'upper', 'kl_dro', 'adapt')
@@ -249,5 +301,6 @@ def quick(config: ConfigDict) -> ConfigDict:
   config.eval.update(every=2, batch_size=8, max_blocks=2)
   config.checkpoint.every = 2
   config.target.every = 2
+  config.mixture.update(every=min(config.mixture.every, 2), rows=1, target_rows=2)
   config.log.every = 1
   return config

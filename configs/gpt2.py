@@ -16,7 +16,7 @@ From the paper's code: 512 positions, AdamW (.9, .999), 5e-4 to 1e-4 by a cosine
 steps, decay .01, clip 1, batch 48, 1,000 uniform steps, then temperature 0.4. Ours: bfloat16
 compute, and a BPE of GPT-2's size trained on the data at hand instead of GPT-2's own.
 
-Switches: size=124m|209m|294m, evidence, path, name, tokenizer, weighting, seed, quick
+Switches: size=124m|209m|294m, evidence, path, name, tokenizer, weighting, mixture, seed, quick
 """
 
 from configs import common
@@ -37,6 +37,7 @@ def get_config(arg=''):
     name='',
     tokenizer='',
     weighting='linupper:0.4',
+    mixture='',
     seed=0,
     quick=False,
   )
@@ -55,6 +56,7 @@ def get_config(arg=''):
   if config.data.tokenizer == 'byte':
     config.model.vocab_size = 0
   common.set_weighting(config, switches.weighting)
+  common.set_mixture(config, switches.mixture)
   return common.quick(config) if switches.quick else config
 
 

@@ -9,7 +9,8 @@ Expected: bits per byte of each domain below its byte-bigram floor after about 1
 
 The folder holds `{domain}.{split}.jsonl[.gz|.zst]` with a `text` field, or `{domain}/*.txt`.
 Switches: source, path, name, tokenizer, length, layers, heads, width, batch, steps, lr, burn_in,
-weighting (uniform, linupper:0.4, row_shuffled:linupper:0.4, ...), seed, quick. `path` and `name`
+weighting (uniform, linupper:0.4, row_shuffled:linupper:0.4, ...), mixture
+(dga:rate=1:every=50:target=qa, odm, ...), seed, quick. `path` and `name`
 imply the source.
 """
 
@@ -32,6 +33,7 @@ def get_config(arg=''):
     lr=3e-3,
     burn_in=50,
     weighting='linupper:0.4',
+    mixture='',
     seed=0,
     quick=False,
   )
@@ -47,6 +49,7 @@ def get_config(arg=''):
   config.optim.update(lr=switches.lr, warmup_steps=min(50, switches.steps // 10))
   config.w.loss.start = switches.burn_in
   common.set_weighting(config, switches.weighting)
+  common.set_mixture(config, switches.mixture)
   return common.quick(config) if switches.quick else config
 
 

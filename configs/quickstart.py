@@ -6,14 +6,15 @@ Expected: macro bits per byte on validation text below those of a byte-bigram mo
           prints as its floor. At this size a difference between weightings ranks nothing: a pilot
           saw LinUpper lose a little in the macro average.
 
-Switches: weighting=uniform|linupper:0.4|..., seed=0, quick
+Switches: weighting=uniform|linupper:0.4|..., mixture=odm|group_dro:mode=weigh:rate=0.1|..., seed=0,
+quick
 """
 
 from configs import common
 
 
 def get_config(arg=''):
-  switches = common.parse_arg(arg, weighting='linupper:0.4', seed=0, quick=False)
+  switches = common.parse_arg(arg, weighting='linupper:0.4', mixture='', seed=0, quick=False)
   config = common.base_config()
   config.seed = switches.seed
   config.total_steps = 500  # x 16 blocks x 128 bytes = 1.02M
@@ -22,4 +23,5 @@ def get_config(arg=''):
   config.model.update(n_layer=2, n_head=4, n_embd=96, scan=False)
   config.optim.update(lr=3e-3, warmup_steps=50)
   common.set_weighting(config, switches.weighting)
+  common.set_mixture(config, switches.mixture)
   return common.quick(config) if switches.quick else config

@@ -97,7 +97,7 @@ def flatten(config: Mapping, prefix: str = '') -> dict[str, Any]:
     if isinstance(value, (Mapping, ConfigDict)) and len(value):
       flat.update(flatten(value, f'{prefix}{key}.'))
     else:
-      flat[f'{prefix}{key}'] = value
+      flat[f'{prefix}{key}'] = {} if isinstance(value, ConfigDict) else value
   return flat
 
 
@@ -132,25 +132,31 @@ def check(config: ConfigDict) -> None:
     if not rule.holds(flat[key]):
       raise UserError(f'config.{key}={flat[key]!r}: must be {rule.text}')
   _check_weighting(config)
+  _check_mixture(config)
   _check_together(config)
 
 
 def check_schema(config: ConfigDict) -> None:
-  """Every key of `base_config` and no other, each of its type; `w` is open.
+  """Every key of `base_config` and no other, each of its type; `w` and `mixture.args` are open.
 
   Raises:
     UserError: names the first unknown, missing or mistyped key.
   """
-  known = {k: v for k, v in flatten(common.base_config()).items() if not k.startswith('w.')}
-  found = {k: v for k, v in flatten(config).items() if not k.startswith('w.')}
+  known = {k: v for k, v in flatten(common.base_config()).items() if not _is_open(k)}
+  found = {k: v for k, v in flatten(config).items() if not _is_open(k)}
   for key in found:
-    if key not in known and key != 'w':
+    if key not in known:
       raise UserError(unknown_key(key, known))
   for key, default in known.items():
     if key not in found:
       raise UserError(f'config.{key} is missing; start from configs.common.base_config()')
     if type(found[key]) is not type(default):
       raise UserError(wrong_type(key, found[key], default))
+
+
+def _is_open(key: str) -> bool:
+  """Whether a key is for a method to judge: its names are not those of `base_config`."""
+  return any(key == part or key.startswith(f'{part}.') for part in ('w', 'mixture.args'))
 
 
 def unknown_key(key: str, known: Mapping) -> str:
@@ -177,6 +183,21 @@ def _check_weighting(config: ConfigDict) -> None:
       raise UserError(
         f'config.w.{name} is never used: add {name!r} to config.weighting or delete it'
       )
+
+
+def _check_mixture(config: ConfigDict) -> None:
+  mixture = config.mixture
+  if not mixture.fn:
+    if mixture.args:
+      raise UserError(
+        f"config.mixture.args={dict(mixture.args)!r} is never used: config.mixture.fn=''"
+      )
+    return
+  if config.microbatches > 1 and config.scope != 'global':
+    raise UserError(
+      f"config.mixture.fn={mixture.fn!r} must see the whole step: use scope='global', not "
+      f'{config.scope!r}, or microbatches=1'
+    )
 
 
 def _check_together(config: ConfigDict) -> None:

@@ -42,6 +42,8 @@ def _is_tokenizer(spec: str) -> bool:
 def _is_mixture(spec: str) -> bool:
   if spec in ('uniform', 'natural'):
     return True
+  if spec.endswith('.json'):
+    return Path(spec).is_file()
   try:
     shares = [float(item.rpartition('=')[2]) for item in spec.split(',')]
   except ValueError:
@@ -51,7 +53,7 @@ def _is_mixture(spec: str) -> bool:
 
 BELOW_ONE = Rule(lambda x: 0 <= x < 1, 'at least 0 and below 1')
 TOKENIZER = "'byte', 'bpe:<vocabulary above 256>' or an existing tokenizer.json"
-MIXTURE = "'uniform', 'natural' or shares such as 'web=0.5,code=0.5'"
+MIXTURE = "'uniform', 'natural', shares such as 'web=0.5,code=0.5' or an existing mixture.json"
 MESH_AXIS = Rule(lambda x: x == -1 or x >= 1, 'at least 1, or -1 for all remaining devices')
 
 RULES = {
@@ -64,6 +66,14 @@ RULES = {
   'reference': Rule(lambda x: not x or Path(x).is_dir(), 'an existing run directory'),
   'keep.rows': at_least(0),
   'keep.groups': at_least(1),
+  'mixture.mode': one_of('sample', 'weigh'),
+  'mixture.lag': at_least(1),
+  'mixture.every': at_least(1),
+  'mixture.rows': at_least(1),
+  'mixture.target': Rule(are_names, 'distinct names of domains'),
+  'mixture.target_rows': at_least(1),
+  'mixture.target_blocks': at_least(0),
+  'mixture.max_epochs': at_least(0),
   'target.read': one_of('gradient', 'representation'),
   'target.every': at_least(1),
   'target.blocks': at_least(1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 
 from experiments import compiled
+from experiments.data import mixture as mixture_lib
 from experiments.data import pipeline
 from experiments.models import gpt2
 from experiments.train import Run
@@ -18,11 +19,12 @@ def describe(run: Run) -> str:
   )
   signals = jax.eval_shape(run.signals, run.abstract_state.params)
   costs = compiled.costs(run.train_step.lower(run.abstract_state, batch, signals).compile())
-  planned = pipeline.planned_examples(
+  planned = mixture_lib.planned_examples(
     corpus,
     batch_size=config.batch_size,
     total_steps=config.total_steps,
     proportions=run.proportions,
+    max_epochs=config.mixture.max_epochs,
   )
   width = max(map(len, planned))
   rows = [
@@ -37,8 +39,9 @@ def describe(run: Run) -> str:
       f'tokens: {config.total_steps:,} steps x {config.batch_size} x {corpus.seq_len} = {tokens:,}',
       'compiled step, per device:',
       compiled.format_costs(costs),
-      'planned:',
+      f'planned{", before " + config.mixture.fn + " changes it" if run.mixture else ""}:',
       *rows,
+      *(f'note: {remark}' for remark in mixture_lib.remarks(config.data.mixture, planned)),
     ]
   )
 

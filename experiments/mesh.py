@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.errors import UserError
@@ -161,3 +162,13 @@ def check_batch(
 
 def _plural(count: int, noun: str, ending: str = 's') -> str:
   return f'{count} {noun}{ending if count != 1 else ""}'
+
+
+def check_same_everywhere(values: Any, what: str) -> None:
+  """Holds every process to the same numbers; nothing with one process.
+
+  Raises:
+    AssertionError: they differ. Processes that go on would train on different data.
+  """
+  if jax.process_count() > 1:
+    multihost_utils.assert_equal(np.asarray(values), f'{what} differs between processes')

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from experiments.models import gpt2
 
 FIXES = {
   'ref_losses': ': set config.reference to a finished run',
+  'domain_excess': ': set config.reference to a finished run',
   'representation': ": set config.target.domain, and config.target.read='representation'",
 }
 
@@ -56,8 +58,15 @@ def _filled_in(spec: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, A
   return filled
 
 
-def check_signals(weighting: jaxrw.Weighting, config: Any) -> None:
+def check_signals(
+  weighting: jaxrw.Weighting, config: Any, extra: Mapping[str, Any] = types.MappingProxyType({})
+) -> None:
   """Traces the weighting alone, with the signals that a training run has, which takes no time.
+
+  Args:
+    weighting: of the run.
+    config: of the run.
+    extra: signals of its own beside the reserved ones.
 
   Raises:
     UserError: it needs a signal that nothing in the config provides.
@@ -66,6 +75,9 @@ def check_signals(weighting: jaxrw.Weighting, config: Any) -> None:
   rows = jax.ShapeDtypeStruct(shape[:1], 'int32')
   tokens = jax.ShapeDtypeStruct(shape, 'float32')
   told = {'losses': tokens, 'base': tokens, 'group_ids': rows, 'example_ids': rows}
+  told['sampling_prob'] = jax.ShapeDtypeStruct(shape[:1], 'float32')
+  if extra:
+    told['extra'] = dict(extra)
   if config.reference:
     told['ref_losses'] = tokens
   if config.target.domain and config.target.read == 'representation':

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class StepLog:
   ):
     self._config, self._corpus, self._schedule = config, corpus, schedule
     self._workdir, self._primary = workdir, primary
-    self._pending: tuple[int, Any] | None = None
+    self._pending: tuple[int, Any, Sequence[int] | None] | None = None
     self._tokens_per_step = config.batch_size * corpus.seq_len
     resume = start or None
     self._metrics = metrics.MetricWriter(
@@ -67,10 +67,20 @@ class StepLog:
         if sink is not None:
           sink.close()
 
-  def step(self, step: int, record: Any) -> None:
-    """Takes the record of a step that may still be running."""
+  def writes(self, step: int) -> bool:
+    """Whether metrics of this step are kept."""
+    return step % self._config.log.every == 0 or step == self._config.total_steps
+
+  def step(self, step: int, record: Any, used: Sequence[int] | None) -> None:
+    """Takes the record of a step that may still be running.
+
+    Args:
+      step: counted from 1.
+      record: what the train step returned.
+      used: blocks of each domain drawn so far, at the steps that `writes`.
+    """
     self._flush()
-    self._pending = step, record
+    self._pending = step, record, used
 
   def evaluation(self, step: int, evaluated: dict[str, Any]) -> None:
     """Writes an evaluation."""
@@ -97,7 +107,7 @@ class StepLog:
     pending, self._pending = self._pending, None
     if pending is None:
       return
-    step, record = pending[0], jax.tree.map(np.asarray, pending[1])
+    step, record, used = pending[0], jax.tree.map(np.asarray, pending[1]), pending[2]
     config, examples = self._config, record['examples']
     finite = np.isfinite(record['weighted_loss']) and np.isfinite(record['grad_norm'])
     if not finite and config.nonfinite == 'abort':
@@ -111,10 +121,10 @@ class StepLog:
       self._examples.write({'step': step, **rounded})
     if self._ledger is not None:
       self._ledger.add(step, examples)
-    if step % config.log.every == 0 or step == config.total_steps:
-      self._metrics.write('train', step, self._train_values(step, record))
+    if used is not None:
+      self._metrics.write('train', step, self._train_values(step, record, used))
 
-  def _train_values(self, step: int, record: Any) -> dict[str, Any]:
+  def _train_values(self, step: int, record: Any, used: Sequence[int]) -> dict[str, Any]:
     base, losses, weights = record['domains'].T.astype(np.float64)
     present = [g for g in range(len(base)) if base[g] > 0]
     return {
@@ -134,12 +144,27 @@ class StepLog:
         }
         for g in present
       },
+      **self._mixture_values(record, used),
       'wall': {
         'seconds': self._progress.seconds,
         'tokens_per_s': self._progress.tokens_per_second,
         'mfu': self._progress.mfu,
       },
     }
+
+  def _mixture_values(self, record: Any, used: Sequence[int]) -> dict[str, Any]:
+    """Epochs of each domain so far and, if the mixture changes, what it is and what it was told."""
+    sizes = self._corpus.sizes('train')
+    by_domain = lambda values: {
+      name: float(value) for name, value in zip(self._corpus.domains, values)
+    }
+    written = {'epochs': by_domain(np.asarray(used) / np.maximum(sizes, 1))}
+    mixture = record.get('mixture')
+    if mixture is not None:
+      vectors = {name: value for name, value in mixture.items() if np.ndim(value)}
+      written['mixture'] = {name: by_domain(value) for name, value in vectors.items()}
+      written['mixture']['noise'] = float(mixture['noise'])
+    return written
 
   def _abort(self, step: int, record: Any) -> None:
     examples = record['examples']

@@ -24,10 +24,12 @@ import optax
 import jaxrw
 from experiments import checkpoints as checkpoints_lib
 from experiments import config as config_lib
-from experiments import files, optim, signals
+from experiments import files, mixing, optim, signals
 from experiments import mesh as mesh_lib
 from experiments.data import corpus as corpus_lib
+from experiments.data import mixture as mixture_lib
 from experiments.data import pipeline
+from experiments.domain_reader import DomainReader, make_reader
 from experiments.evaluators import language
 from experiments.models import gpt2
 from experiments.step_log import StepLog
@@ -44,8 +46,11 @@ class Run:
     init: () -> state, already laid out over the mesh.
     step: (state, batch, signals) -> (state, metrics), what `jaxrw.make_train_step` returned; not
       jitted.
+    proportions: what `config.data.mixture` says, float64[G].
+    mixture: what changes them, or None.
     signals: (params) -> what `train_step` takes beside state and batch: the reference's parameters,
       what is read on the target domain, or nothing; `config.target.every` steps apart.
+    read_domains: (params, finished steps) -> what the mixture is told beside losses; or None.
     train_step: (state, batch, signals) -> (state, record), jitted; the state is donated.
     eval_step: (params, batch) -> float32[G, 3]; see `experiments.evaluators.language`.
   """
@@ -55,12 +60,14 @@ class Run:
   model: gpt2.GPT2Config
   mesh: jax.sharding.Mesh
   proportions: np.ndarray
+  mixture: jaxrw.mixtures.Mixture | None
   weighting: jaxrw.Weighting
   schedule: optax.Schedule
   abstract_state: jaxrw.TrainState
   init: Callable[[], jaxrw.TrainState]
   step: Callable[..., Any]
   signals: Callable[[Any], dict[str, Any]]
+  read_domains: DomainReader | None
   train_step: Callable[..., Any]
   eval_step: Callable[..., jax.Array]
 
@@ -78,19 +85,26 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
   signals.make_weighting(config)  # its mistakes before the data are opened
   tx, schedule = optim.make_optimizer(config.optim, config.total_steps, nonfinite=config.nonfinite)
   corpus = corpus_lib.open_corpus(config.data)
-  proportions = pipeline.proportions(config.data, corpus)
+  proportions = mixture_lib.proportions(config.data, corpus)
+  mixture = mixing.make_mixture(config, mixing.context(config, corpus, proportions, schedule))
   model = gpt2.GPT2Config.from_config(
     config.model, vocab_size=corpus.tokenizer.vocab_size, seq_len=corpus.seq_len
   )
   weighting = signals.make_weighting(
     config, num_groups=len(corpus.domains), num_examples=int(corpus.sizes('train').sum())
   )
-  signals.check_signals(weighting, config)
+  whole_step: dict[str, Any] = {}
+  if mixture is not None:
+    weighting = mixing.with_mixture(weighting, mixture, config)
+  read_domains = make_reader(config, corpus, proportions, model, mesh)
+  if read_domains is not None:
+    whole_step['extra'] = read_domains.zeros()
+  signals.check_signals(weighting, config, whole_step.get('extra', {}))
   layout = lambda tree: mesh_lib.tree_shardings(tree, mesh, gpt2.SHARDING_RULES)
-  row_signals, whole_step = None, {}
+  row_signals = None
   if config.reference:
     reference, params = signals.reference_model(config, model, layout)
-    whole_step = {'reference': params}
+    whole_step['reference'] = params
 
     def row_signals(params, batch, whole_step):
       ref_losses = gpt2.token_losses(whole_step['reference'], batch, reference, mesh=mesh)
@@ -133,7 +147,11 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
       keys = gpt2.dropout_keys(key, state.step, batch['example_id'])
       batch = {**batch, 'dropout_key': keys}
     state, step_metrics = step(state, batch, whole_step)
-    return state, summarize_step(step_metrics, batch, len(corpus.domains))
+    record = summarize_step(step_metrics, batch, len(corpus.domains))
+    if mixture is not None:
+      record['mixture'] = mixing.summarize(mixture, state.weighting[mixing.STAGE])
+      record['mixture'] |= whole_step.get('extra', {})
+    return state, record
 
   eval_model = dataclasses.replace(model, dropout=0.0)
   eval_step = language.make_eval_step(
@@ -153,6 +171,7 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
     model=model,
     mesh=mesh,
     proportions=proportions,
+    mixture=mixture,
     weighting=weighting,
     schedule=schedule,
     abstract_state=jax.tree.map(
@@ -161,6 +180,7 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
     init=jax.jit(init, out_shardings=shardings),
     step=step,
     signals=read_signals,
+    read_domains=read_domains,
     train_step=jax.jit(
       train_step,
       in_shardings=(shardings, rows, layout(signal_shapes)),
@@ -231,20 +251,27 @@ def _train(run: Run, workdir: Path, primary: bool) -> dict:
   config = run.config
   if primary:
     config_lib.write(workdir, config)
-  data = pipeline.train_iterator(
-    run.corpus,
-    batch_size=config.batch_size,
-    seed=config.seed,
-    proportions=run.proportions,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    prefetch=config.data.prefetch,
-  )
+  for remark in remarks(run):
+    say(f'note: {remark}')
   with (
+    mixing.live_feed(config) as live,
     checkpoints_lib.Checkpoints(workdir / 'checkpoints', keep=config.checkpoint.keep) as saver,
     contextlib.ExitStack() as stack,
   ):
+    data = pipeline.train_iterator(
+      run.corpus,
+      batch_size=config.batch_size,
+      seed=config.seed,
+      proportions=run.proportions,
+      live=live,
+      max_epochs=config.mixture.max_epochs,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      prefetch=config.data.prefetch,
+    )
     state, start = resume_or_start(run, saver, data)
+    if live is not None:
+      live.start(start, state.weighting[mixing.STAGE].queue)
     log = stack.enter_context(
       StepLog(config, run.corpus, run.schedule, workdir, start, flops_per_token(run), primary)
     )
@@ -252,8 +279,12 @@ def _train(run: Run, workdir: Path, primary: bool) -> dict:
     for step in range(start + 1, config.total_steps + 1):
       if signals_now is None or (step - 1) % config.target.every == 0:
         signals_now = run.signals(state.params)
+      if run.read_domains is not None:
+        signals_now['extra'] = run.read_domains(state.params, step - 1)
       state, record = run.train_step(state, run.to_global(next(data)), signals_now)
-      log.step(step, record)
+      if live is not None:
+        live.publish(step - 1, record['mixture']['proportions'])
+      log.step(step, record, data.get_state()['used'] if log.writes(step) else None)
       last = step == config.total_steps
       if last or step % config.eval.every == 0:
         with log.pause():
@@ -262,11 +293,34 @@ def _train(run: Run, workdir: Path, primary: bool) -> dict:
       if last or step % config.checkpoint.every == 0:
         with log.pause():
           log.commit()  # which looks at every step before it: a broken state is never saved
+          mesh_lib.check_same_everywhere(data.get_state()['used'], 'the plan of the batches')
           saver.save(step, state, data.get_state(), {'versions': versions()})
     saver.wait()
     if evaluated is None:  # killed between the last checkpoint and result.json
       evaluated = evaluate(run, state.params, config.eval.split, config.eval.max_blocks)
-  return summarize_run(run, evaluated, data.get_state())
+    result = summarize_run(run, evaluated, data.get_state())
+    if primary and run.mixture is not None:
+      found = mixing.answer(run.mixture, state.weighting[mixing.STAGE].mixture, config.mixture.mode)
+      made_by = {'method': config.mixture.fn, 'config_hash': result['config_hash']}
+      path = workdir / mixing.FILE
+      mixture_lib.write(path, run.corpus, found, made_by=made_by, epochs=result['epochs'])
+  return result
+
+
+def remarks(run: Run) -> list[str]:
+  """What to know about the data of a run before it starts.
+
+  Raises:
+    UserError: it needs more data than `config.mixture.max_epochs` allows.
+  """
+  planned = mixture_lib.planned_examples(
+    run.corpus,
+    batch_size=run.config.batch_size,
+    total_steps=run.config.total_steps,
+    proportions=run.proportions,
+    max_epochs=run.config.mixture.max_epochs,
+  )
+  return mixture_lib.remarks(run.config.data.mixture, planned)
 
 
 def resume_or_start(
@@ -318,7 +372,7 @@ def summarize_run(
     'bigram_floor': floor,
     'bigram_floor_macro': float(np.mean(list(floor.values()))),
     'epochs': {
-      name: float(used / size)
+      name: float(used / max(size, 1))
       for name, used, size in zip(corpus.domains, data_state['used'], sizes)
     },
     'corpus': {

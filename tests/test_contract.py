@@ -31,6 +31,7 @@ CASES = {
   'hedge': jaxrw.hedge(16, 6, 0.3),
   'hedge_smaller': jaxrw.hedge(24, 6, -0.3),
   'adawac': jaxrw.adawac(16, 0.5),
+  'importance': jaxrw.importance(),
   'token_topk': jaxrw.token_topk(0.6),
   'token_topk_schedule': jaxrw.token_topk(lambda step: 1 - 0.1 * step),
   'token_topk_all': jaxrw.token_topk(1.0),
@@ -70,6 +71,14 @@ def _rewards(signals):
   return {'extra': {'rewards': _of_examples(signals)}}
 
 
+def _sampling(signals):
+  losses = _of_examples(signals)
+  return {
+    'sampling_prob': 1 / (1 + losses**2),
+    'objective_prob': jnp.array([0.5, 0.3, 0.2]),
+  }
+
+
 # What the promises need to know beside the declaration: by the name of the factory or of the case.
 CLAIMS = {
   'chain': {'level': 'entry'},  # a cap acts on entries
@@ -82,6 +91,7 @@ CLAIMS = {
   'adapt': {'extra_signals': _representation},
   'group_advantage': {'extra_signals': _rewards, 'ids': 'group_ids'},
   'token_topk': {'extra_signals': _reference},
+  'importance': {'extra_signals': _sampling, 'ids': 'group_ids'},
 }
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -15,57 +15,11 @@ from experiments.errors import UserError
 from jaxrw.mixtures import planner as planning
 
 Batch = dict[str, np.ndarray]
+Live = Callable[[int], np.ndarray | None]
 
 
-class Planned(NamedTuple):
-  """What a whole run will draw from one domain."""
-
-  rows: float
-  epochs: float
-
-
-def parse_mixture(text: str, domains: Sequence[str], sizes: Sequence[int]) -> np.ndarray:
-  """Proportions of the domains, float64[K] with sum 1.
-
-  Args:
-    text: 'uniform', 'natural' (by number of blocks), or 'web=0.5,code=0.5', where domains that are
-      not named get nothing and the sum need not be 1.
-    domains: names in order.
-    sizes: blocks of each domain.
-
-  Raises:
-    UserError: if the text does not parse, names an unknown or empty domain, or sums to 0.
-  """
-  if text == 'uniform':
-    weights = np.ones(len(domains))
-  elif text == 'natural':
-    weights = np.asarray(sizes, np.float64)
-  else:
-    weights = _named_weights(text, domains)
-  for domain, weight, size in zip(domains, weights, sizes):
-    if weight > 0 and size < 1:
-      raise UserError(f"data.mixture='{text}': domain '{domain}' has no blocks; leave it out")
-  if weights.sum() <= 0:
-    raise UserError(f"data.mixture='{text}' sums to 0; give some domain a positive share")
-  return weights / weights.sum()
-
-
-def proportions(data_config: Any, corpus: Corpus) -> np.ndarray:
-  """The proportions that `data_config.mixture` asks for, float64[K]."""
-  return parse_mixture(data_config.mixture, corpus.domains, corpus.sizes('train'))
-
-
-def planned_examples(
-  corpus: Corpus, *, batch_size: int, total_steps: int, proportions: np.ndarray
-) -> dict[str, Planned]:
-  """Expected rows and epochs of each domain over a run, for a dry run."""
-  sizes = corpus.sizes('train')
-  planner = planning.Planner(sizes, batch_size, proportions, seed=0)
-  rows = planner.expected_counts(total_steps)
-  return {
-    domain: Planned(float(n), float(n / size))
-    for domain, n, size in zip(corpus.domains, rows, sizes)
-  }
+class Closed(Exception):
+  """No more batches are wanted."""
 
 
 def train_iterator(
@@ -74,6 +28,8 @@ def train_iterator(
   batch_size: int,
   seed: int,
   proportions: np.ndarray,
+  live: Live | None = None,
+  max_epochs: int = 0,
   process_index: int = 0,
   process_count: int = 1,
   prefetch: int = 4,
@@ -89,6 +45,9 @@ def train_iterator(
     batch_size: rows of the global batch.
     seed: of the plan.
     proportions: of the domains, float[K].
+    live: (step) -> the proportions of that step, counted from 0, instead; called where batches are
+      planned, and may wait there. `Closed` ends the iterator.
+    max_epochs: see `Planner`.
     process_index, process_count: this process reads the `process_index`-th of `process_count` equal
       parts of the rows.
     prefetch: batches that a thread reads ahead; 0 reads none.
@@ -97,10 +56,11 @@ def train_iterator(
     An iterator of {tokens, base, domain_id, example_id, num_bytes, sampling_prob[, weights]}.
 
   Raises:
-    UserError: if the rows do not divide evenly among the processes.
+    UserError: if the rows do not divide evenly among the processes; while iterating, if every
+      domain with a share has been used up.
   """
   rows = _local_rows(batch_size, process_index, process_count)
-  planner = planning.Planner(corpus.sizes('train'), batch_size, proportions, seed)
+  planner = planning.Planner(corpus.sizes('train'), batch_size, proportions, seed, max_epochs)
   offsets = corpus.offsets('train')
 
   def read(plan: planning.Plan) -> Batch:
@@ -108,7 +68,7 @@ def train_iterator(
     batch['sampling_prob'] = plan.sampling_prob[rows]
     return batch
 
-  plans = _Plans(planner, corpus.fingerprint)
+  plans = _Plans(planner, corpus.fingerprint, live or (lambda step: None))
   batches = plans.map(read)
   return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=prefetch))
 
@@ -141,7 +101,7 @@ def eval_batches(
     global_ids = np.full(batch_size, -1, np.int64)
     chosen = ids[start : start + batch_size]
     global_ids[: chosen.size] = chosen
-    yield _padded_rows(corpus, split, global_ids[rows])
+    yield _rows_or_padding(corpus, split, global_ids[rows])
 
 
 def domain_batch(
@@ -168,32 +128,58 @@ def domain_batch(
   size = int(corpus.sizes(split)[index])
   count = min(size, blocks)
   ids = [corpus.example_id(index, i * size // count, split) for i in range(count)]
-  ids += [-1] * (-count % math.lcm(multiple, process_count))
-  rows = _local_rows(len(ids), process_index, process_count)
-  return _padded_rows(corpus, split, np.asarray(ids, np.int64)[rows])
+  return padded_rows(
+    corpus,
+    split,
+    ids,
+    multiple,
+    process_index=process_index,
+    process_count=process_count,
+  )
+
+
+def padded_rows(
+  corpus: Corpus,
+  split: str,
+  example_ids: Sequence[int] | np.ndarray,
+  multiple: int = 1,
+  *,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Batch:
+  """This process' rows of one batch of given blocks, as `eval_batches` yields them; rows of padding
+  follow until the global batch is a multiple of `multiple` and of the number of processes."""
+  padding = -len(example_ids) % math.lcm(multiple, process_count)
+  ids = np.append(np.asarray(example_ids, np.int64), np.full(padding, -1))
+  return _rows_or_padding(corpus, split, ids[_local_rows(ids.size, process_index, process_count)])
 
 
 class _Plans(grain.IterDataset):
   """An endless dataset of plans; its iterator's state is the planner's."""
 
-  def __init__(self, planner: planning.Planner, fingerprint: str):
+  def __init__(self, planner: planning.Planner, fingerprint: str, live: Live):
     super().__init__()
-    self._planner = planner
-    self._fingerprint = fingerprint
+    self._parts = planner, fingerprint, live
 
   def __iter__(self) -> _PlanIterator:
-    return _PlanIterator(self._planner, self._fingerprint)
+    return _PlanIterator(*self._parts)
 
 
 class _PlanIterator(grain.DatasetIterator):
-  def __init__(self, planner: planning.Planner, fingerprint: str):
+  def __init__(self, planner: planning.Planner, fingerprint: str, live: Live):
     super().__init__()
     self._planner = planner
     self._fingerprint = fingerprint
+    self._live = live
     self._state = planner.init()
 
   def __next__(self) -> planning.Plan:
-    plan, self._state = self._planner.plan(self._state)
+    try:
+      plan, self._state = self._planner.plan(self._state, self._live(self._state.step))
+    except Closed:
+      raise StopIteration from None
+    except ValueError as error:
+      raise UserError(f'the next batch cannot be planned: {error}') from error
     return plan
 
   def get_state(self) -> dict[str, Any]:
@@ -206,27 +192,6 @@ class _PlanIterator(grain.DatasetIterator):
         f'{self._fingerprint[:12]}); restore the data or start in a new workdir'
       )
     self._state = planning.state_from_dict(state)
-
-
-def _named_weights(text: str, domains: Sequence[str]) -> np.ndarray:
-  weights = np.zeros(len(domains))
-  for item in text.split(','):
-    name, equals, share = (part.strip() for part in item.partition('='))
-    if not equals:
-      raise UserError(
-        f"data.mixture='{text}' does not parse at '{item}'; "
-        "use 'uniform', 'natural' or 'web=0.5,code=0.5'"
-      )
-    if name not in domains:
-      raise UserError(f"data.mixture: no domain '{name}'; {readers.known_domains(name, domains)}")
-    try:
-      value = float(share)
-    except ValueError:
-      value = np.nan
-    if not np.isfinite(value) or value < 0:
-      raise UserError(f"data.mixture: '{item.strip()}' needs a finite share that is not negative")
-    weights[list(domains).index(name)] = value
-  return weights
 
 
 def _local_rows(batch_size: int, process_index: int, process_count: int) -> slice:
@@ -248,7 +213,7 @@ def _spread(sizes: np.ndarray, max_blocks: int) -> np.ndarray:
   return np.concatenate(ids)
 
 
-def _padded_rows(corpus: Corpus, split: str, ids: np.ndarray) -> Batch:
+def _rows_or_padding(corpus: Corpus, split: str, ids: np.ndarray) -> Batch:
   """The rows of the ids; -1 stands for a row of padding."""
   present = ids >= 0
   batch = corpus.rows(split, np.where(present, ids, 0))

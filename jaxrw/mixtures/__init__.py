@@ -1,7 +1,16 @@
 """Mixtures of domains: how often each is sampled, what it counts, which examples make a batch."""
 
+from jaxrw.mixtures.aioli import (
+  AioliState,
+  aioli,
+  aioli_measures,
+  normalize_interactions,
+  smoothed_one_hot,
+  solve_interactions,
+)
 from jaxrw.mixtures.core import Mixture
 from jaxrw.mixtures.online import (
+  AveragedState,
   average_proportions,
   dga,
   doge,
@@ -19,6 +28,7 @@ from jaxrw.mixtures.planner import (
   state_from_dict,
   state_to_dict,
 )
+from jaxrw.mixtures.stage import MixingState, domain_signals, mixing
 from jaxrw.mixtures.static import (
   basis_mixture,
   cooldown,
@@ -32,29 +42,53 @@ from jaxrw.mixtures.static import (
   temperature_probs,
   unimax_probs,
 )
+from jaxrw.mixtures.utility import (
+  RepeatedDataFit,
+  best_prefix,
+  fit_repeated_data_error,
+  mixed_pools,
+  repeated_data_error,
+  repetition_weights,
+)
 
 __all__ = [
+  'AioliState',
+  'AveragedState',
+  'MixingState',
   'Mixture',
   'Plan',
   'Planner',
   'PlannerState',
+  'RepeatedDataFit',
+  'aioli',
+  'aioli_measures',
   'average_proportions',
   'basis_mixture',
+  'best_prefix',
   'cooldown',
   'dense_cooldown',
   'dga',
   'doge',
+  'domain_signals',
   'doremi',
   'excess_losses',
   'exponentiated_step',
+  'fit_repeated_data_error',
   'fixed',
   'group_dro_mixture',
   'importance_mixture',
+  'mixed_pools',
+  'mixing',
+  'normalize_interactions',
   'odm',
+  'repeated_data_error',
+  'repetition_weights',
   'scalarization_weights',
   'scheduled',
   'second_moment_ratio',
   'shuffled_index',
+  'smoothed_one_hot',
+  'solve_interactions',
   'state_from_dict',
   'state_to_dict',
   'stratified',

@@ -4,6 +4,7 @@ from jaxrw.weights.adapt import adapt, adapt_weights, anchor_mean, pool_position
 from jaxrw.weights.example_table import adawac, hedge, hedge_weights
 from jaxrw.weights.group_advantage import group_advantage, group_advantage_weights
 from jaxrw.weights.group_dro import group_dro, group_dro_weights
+from jaxrw.weights.importance import importance, importance_weights
 from jaxrw.weights.learned import (
   learning_to_reweight,
   learning_to_reweight_weights,
@@ -45,6 +46,8 @@ __all__ = [
   'group_dro_weights',
   'hedge',
   'hedge_weights',
+  'importance',
+  'importance_weights',
   'kl_dro',
   'kl_dro_weights',
   'learning_to_reweight',

@@ -61,12 +61,12 @@ def test_preparing_and_reading_never_import_tensorflow(tmp_path):
     import sys
     sys.path.insert(0, {str(tmp_path)!r})
     from tests.experiments.fake_data import data_config
-    from experiments.data import corpus, pipeline
+    from experiments.data import corpus, mixture, pipeline
     config = data_config(
       source='embedded', root={str(tmp_path / 'p')!r}, seq_len=64, max_bytes_per_domain=20_000
     )
     opened = corpus.open_corpus(config)
-    shares = pipeline.proportions(config, opened)
+    shares = mixture.proportions(config, opened)
     batches = pipeline.train_iterator(opened, batch_size=4, seed=0, proportions=shares)
     print(next(batches)['tokens'].shape, 'tensorflow' in sys.modules)
   """

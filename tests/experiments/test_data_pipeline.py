@@ -191,60 +191,10 @@ def test_weights_reach_the_training_batch_only(tmp_path):
   assert 'weights' not in evaluation
 
 
-def test_planned_examples(corpus):
-  planned = pipeline.planned_examples(corpus, batch_size=8, total_steps=100, proportions=SHARES)
-  assert list(planned) == list(corpus.domains)
-  np.testing.assert_allclose([p.rows for p in planned.values()], 800 * SHARES)
-  np.testing.assert_allclose(
-    [p.epochs for p in planned.values()], 800 * SHARES / corpus.sizes('train')
-  )
-
-
-DOMAINS = ('web', 'code', 'qa')
-
-
-@pytest.mark.parametrize(
-  ('text', 'expected'),
-  [
-    ('uniform', [1 / 3, 1 / 3, 1 / 3]),
-    ('natural', [0.5, 0.2, 0.3]),
-    ('web=0.5,code=0.5', [0.5, 0.5, 0]),
-    ('qa=2, web = 6', [0.75, 0, 0.25]),
-  ],
-)
-def test_mixtures(text, expected):
-  np.testing.assert_allclose(pipeline.parse_mixture(text, DOMAINS, [50, 20, 30]), expected)
-
-
-@pytest.mark.parametrize(
-  ('text', 'part'),
-  [
-    ('web=0.5,cod=0.5', "no domain 'cod'; did you mean 'code'"),
-    ('even', "does not parse at 'even'"),
-    ('web=0.5,', "does not parse at ''"),
-    ('web=half', "'web=half' needs a finite share"),
-    ('web=-1,code=2', "'web=-1' needs"),
-    ('web=nan', "'web=nan' needs"),
-    ('web=0', 'sums to 0'),
-  ],
-)
-def test_bad_mixtures(text, part):
-  with pytest.raises(UserError) as error:
-    pipeline.parse_mixture(text, DOMAINS, [50, 20, 30])
-  assert part in str(error.value)
-  assert '\n' not in str(error.value)
-
-
-def test_mixture_of_an_empty_domain():
-  with pytest.raises(UserError, match=r"domain 'qa' has no blocks"):
-    pipeline.parse_mixture('uniform', DOMAINS, [50, 20, 0])
-  np.testing.assert_allclose(pipeline.parse_mixture('web=1', DOMAINS, [50, 20, 0]), [1, 0, 0])
-
-
 def test_many_domains_stay_cheap(corpus):
   """The state of 4,096 domains is copied with every batch; it must not dominate."""
   planner = pipeline.planning.Planner([100] * 4096, 64, np.ones(4096), seed=0)
-  iterator = iter(pipeline._Plans(planner, 'fingerprint'))
+  iterator = iter(pipeline._Plans(planner, 'fingerprint', lambda step: None))
   start = time.perf_counter()
   for _ in range(20):
     next(iterator)

@@ -40,8 +40,9 @@ def setup(tmp_path_factory):
 def start(setup, workdir: Path, *, processes: int = 1) -> list[subprocess.Popen]:
   """Starts the program, as one process or as several on this machine."""
   corpus, environment, _ = setup
+  switches = f'path={corpus},mixture=dga:rate=0.5:every=2:lag=3:floor=0.2:normalize=cosine,quick'
   command = [
-    *(sys.executable, '-m', 'experiments.main', f'--config=configs/lm.py:path={corpus},quick'),
+    *(sys.executable, '-m', 'experiments.main', f'--config=configs/lm.py:{switches}'),
     *(f'--workdir={workdir}', f'--config.total_steps={STEPS}', '--config.checkpoint.every=5'),
     *('--config.eval.every=20', '--noconfig.log.tensorboard'),
     '--config.log.ledger',

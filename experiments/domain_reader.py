@@ -1,0 +1,198 @@
+"""What a mixture is told beside the losses of the step: how the domains' gradients compare.
+
+Everything is read on training blocks of its own, drawn apart from the batches: what decides the
+mixture must not be tested on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxrw
+from experiments import mesh as mesh_lib
+from experiments.data import pipeline, readers
+from experiments.data.corpus import Corpus
+from experiments.errors import UserError
+from experiments.models import gpt2
+from jaxrw import diagnostics, gradients, masked, mixtures
+
+FOLLOW_GRADIENTS = ('dga', 'doge')  # methods
+Batch = dict[str, Any]
+Draw = Callable[[int], Batch]
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainReader:
+  """(params, finished steps) -> signals by domain; zeros at steps in between, which nothing uses.
+
+  Attributes:
+    read: (params, batch of the domains, batch of the target) -> signals, jitted.
+    draw: (n) -> the two batches of the n-th reading, over all devices.
+    shapes: of the signals.
+    every: steps from one reading to the next.
+  """
+
+  read: Callable[..., dict[str, jax.Array]]
+  draw: Callable[[int], tuple[Batch, Batch]]
+  shapes: dict[str, jax.ShapeDtypeStruct]
+  every: int
+
+  def zeros(self) -> dict[str, jax.Array]:
+    """What is told where nothing is read."""
+    return {name: jnp.zeros(s.shape, s.dtype) for name, s in self.shapes.items()}
+
+  def __call__(self, params: Any, steps: int) -> dict[str, jax.Array]:
+    if steps % self.every:
+      return self.zeros()
+    return self.read(params, *self.draw(steps // self.every))
+
+
+def make_reader(
+  config: Any, corpus: Corpus, shares: np.ndarray, model: gpt2.GPT2Config, mesh: jax.sharding.Mesh
+) -> DomainReader | None:
+  """The reader that the method of `config.mixture` needs, or None.
+
+  Every `config.mixture.every` steps, each domain with a share is read on `config.mixture.rows` new
+  blocks, and the target on `config.mixture.target_rows`.
+
+  Raises:
+    UserError: an unknown target, or one without blocks.
+  """
+  if config.mixture.fn not in FOLLOW_GRADIENTS:
+    return None
+  # Fused attention has no forward-mode derivative.
+  model = dataclasses.replace(model, dropout=0.0, attention='xla')
+  with_norms = config.mixture.fn == 'doge' or 'normalize' in config.mixture.args
+  read = make_read(model, mesh, len(corpus.domains), config.mixture.rows if with_norms else 0)
+  draws = (
+    _drawer(corpus, shares > 0, config.mixture.rows, config.seed, mesh),
+    _target_drawer(config, corpus, shares, mesh),
+  )
+  vector = jax.ShapeDtypeStruct((len(corpus.domains),), jnp.float32)
+  shapes = {'domain_alignment': vector}
+  if with_norms:
+    shapes |= {
+      'domain_grad_norms': vector,
+      'target_grad_norm': jax.ShapeDtypeStruct((), jnp.float32),
+    }
+  return DomainReader(
+    read=jax.jit(read, out_shardings=mesh_lib.replicated(mesh)),
+    draw=lambda n: tuple(mesh_lib.to_global(draw(n), mesh) for draw in draws),
+    shapes=shapes,
+    every=config.mixture.every,
+  )
+
+
+def make_read(
+  model: gpt2.GPT2Config, mesh: jax.sharding.Mesh, num_domains: int, rows_for_norms: int = 0
+) -> Callable[[Any, Batch, Batch], dict[str, jax.Array]]:
+  """(params, batch of the domains, batch of the target) -> alignments, and norms if asked for.
+
+  The alignments of all domains take one forward pass with its derivative along the target's
+  gradient: the matmuls of one gradient of that batch, however many domains there are. Norms take
+  as many again, one domain at a time.
+
+  Args:
+    model, mesh: of the run.
+    num_domains: G.
+    rows_for_norms: 0 for no norms; else how many rows of each domain follow one another.
+  """
+
+  def examples(params, batch):
+    losses = gpt2.token_losses(params, batch, model, mesh=mesh)
+    return masked.example_level(losses, jaxrw.base_measure(batch['base'], losses))
+
+  def domain_losses(params, batch):
+    losses, base = examples(params, batch)
+    columns = jnp.stack([base * losses, base], axis=1)
+    totals = diagnostics.group_sums(columns, batch['domain_id'], num_domains)
+    return masked.divide(totals[:, 0], totals[:, 1])
+
+  def target_loss(params, batch):
+    """The mean over the target's domains, each counting alike."""
+    real = jnp.any(batch['base'] > 0, axis=1).astype(jnp.float32)
+    counts = diagnostics.group_sums(real[:, None], batch['domain_id'], num_domains)[:, 0]
+    return masked.mean(domain_losses(params, batch), (counts > 0).astype(jnp.float32))
+
+  def norm(tree):
+    return jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(tree)))
+
+  def read(params, batch, target):
+    direction = gradients.target_direction(target_loss, params, target)
+    losses_of = lambda params: domain_losses(params, batch)
+    found = {'domain_alignment': gradients.alignment(losses_of, params, direction)}
+    if rows_for_norms:
+      whole = batch['base'].shape[0] // rows_for_norms
+      parts = jax.tree.map(
+        lambda x: x[: whole * rows_for_norms].reshape(whole, rows_for_norms, *x.shape[1:]), batch
+      )
+      norms = jax.lax.map(
+        lambda part: norm(jax.grad(lambda p: masked.mean(*examples(p, part)))(params)), parts
+      )
+      # A domain's rows are of one part; parts of padding have norm 0.
+      found['domain_grad_norms'] = jnp.zeros(num_domains).at[parts['domain_id'][:, 0]].add(norms)
+      found['target_grad_norm'] = norm(direction)
+    return found
+
+  return read
+
+
+def _target_drawer(
+  config: Any, corpus: Corpus, shares: np.ndarray, mesh: jax.sharding.Mesh
+) -> Draw:
+  target, sizes = config.mixture.target, corpus.sizes('train')
+  for name in target:
+    if name not in corpus.domains:
+      raise UserError(
+        f'config.mixture.target: no domain {name!r}; {readers.known_domains(name, corpus.domains)}'
+      )
+  chosen = np.isin(corpus.domains, target) if target else shares > 0
+  empty = np.flatnonzero(chosen & (sizes < 1))
+  if empty.size:
+    raise UserError(
+      f'config.mixture.target: the domain {corpus.domains[empty[0]]!r} has no training blocks'
+    )
+  if config.mixture.target_blocks:
+    sizes = np.minimum(sizes, config.mixture.target_blocks)
+  # A set smaller than its batch is read whole every time, each of its blocks once.
+  rows = max(1, config.mixture.target_rows // int(chosen.sum()))
+  return _drawer(corpus, chosen, min(rows, int(sizes[chosen].min())), config.seed + 1, mesh, sizes)
+
+
+def _drawer(
+  corpus: Corpus,
+  chosen: np.ndarray,
+  rows: int,
+  seed: int,
+  mesh: jax.sharding.Mesh,
+  sizes: np.ndarray | None = None,
+) -> Draw:
+  """(n) -> this process' part of the n-th batch of `rows` blocks of each chosen domain, in order.
+
+  Blocks come shuffled, none twice before all were used. The batch is a function of n
+  alone, so a resumed run draws the same. With `sizes`, a domain is that many blocks spread over it.
+  """
+  have = corpus.sizes('train')
+  sizes = have if sizes is None else sizes
+  domain = np.repeat(np.flatnonzero(chosen), rows)
+  first = corpus.offsets('train')[domain]
+
+  def draw(n: int) -> Batch:
+    position, size = n * rows + np.arange(domain.size) % rows, sizes[domain]
+    index = mixtures.shuffled_index(position % size, size, seed, domain, position // size)
+    return pipeline.padded_rows(
+      corpus,
+      'train',
+      first + index * have[domain] // size,
+      mesh.size,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+  return draw

@@ -1,0 +1,280 @@
+"""The mixture of a run: which method, and how its q reaches the planner."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import jaxrw
+from experiments import config as config_lib
+from experiments.data import pipeline
+from experiments.data.corpus import Corpus
+from experiments.errors import UserError
+from jaxrw import mixtures
+
+STAGE = 'mixture'  # of the chain, and of its state
+FILE = 'mixture.json'  # what a run recommends, in its directory
+
+
+class Context(NamedTuple):
+  """What a run offers to its method."""
+
+  sizes: np.ndarray  # blocks of each domain; 0 for those that data.mixture leaves out
+  shares: np.ndarray  # what data.mixture says
+  rows: int  # of the whole run
+  learning_rate: Callable[[Any], Any]
+  mode: str
+  lag: int
+
+  @property
+  def num_domains(self) -> int:
+    return self.sizes.size
+
+  @property
+  def acts(self) -> dict[str, Any]:
+    """The arguments `mode` and `sampled` of a method that may act either way."""
+    return {'mode': self.mode} | ({'sampled': self.shares} if self.mode == 'weigh' else {})
+
+  def ahead(self, schedule: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A schedule told at a step what holds for the batch that is drawn by it."""
+    return (lambda step: schedule(step + self.lag)) if self.mode == 'sample' else schedule
+
+
+def temperature(run: Context, tau: float) -> mixtures.Mixture:
+  """sizes^(1 / tau): 1 is proportional, large is uniform."""
+  return mixtures.scheduled(run.sizes, tau, **run.acts)
+
+
+def cooldown(
+  run: Context, switch_step: int, tau_high: float = 5.0, tau_low: float = 1.0
+) -> mixtures.Mixture:
+  """`temperature`, high before a step and low from it on."""
+  return mixtures.scheduled(
+    run.sizes, run.ahead(mixtures.cooldown(switch_step, tau_high, tau_low)), **run.acts
+  )
+
+
+def dense_cooldown(
+  run: Context, steps: int, tau_high: float = 5.0, tau_low: float = 1.0, begin: int = 0
+) -> mixtures.Mixture:
+  """`temperature`, falling from high to low over `steps` steps."""
+  schedule = mixtures.dense_cooldown(steps, tau_high, tau_low, begin=begin)
+  return mixtures.scheduled(run.sizes, run.ahead(schedule), **run.acts)
+
+
+def unimax(run: Context, epochs: float) -> mixtures.Mixture:
+  """As uniform as a number of epochs allows."""
+  _sampling_only(run, 'unimax')
+  return mixtures.fixed(mixtures.unimax_probs(run.sizes, run.rows, epochs))
+
+
+def dga(run: Context, rate: float, **arguments: Any) -> mixtures.Mixture:
+  """Towards the domains whose gradient agrees with that of the target."""
+  return mixtures.dga(run.num_domains, rate, start=run.shares, **run.acts, **arguments)
+
+
+def doge(run: Context, **arguments: Any) -> mixtures.Mixture:
+  """Towards the domains whose gradient lowers the loss of the target domains."""
+  return mixtures.doge(
+    run.num_domains, run.learning_rate, start=run.shares, **run.acts, **arguments
+  )
+
+
+def doremi(run: Context, **arguments: Any) -> mixtures.Mixture:
+  """Towards the domains that are furthest above config.reference."""
+  return mixtures.doremi(run.num_domains, start=run.shares, **run.acts, **arguments)
+
+
+def group_dro(run: Context, **arguments: Any) -> mixtures.Mixture:
+  """Towards the domains of largest loss."""
+  return mixtures.group_dro_mixture(run.num_domains, start=run.shares, **run.acts, **arguments)
+
+
+def odm(run: Context, **arguments: Any) -> mixtures.Mixture:
+  """The Exp3 bandit, whose reward is the loss."""
+  _sampling_only(run, 'odm')
+  return mixtures.odm(run.num_domains, **arguments)
+
+
+METHODS: dict[str, Callable[..., mixtures.Mixture]] = {
+  method.__name__: method
+  for method in (temperature, cooldown, dense_cooldown, unimax, dga, doge, doremi, group_dro, odm)
+}
+
+
+def make_mixture(config: Any, run: Context) -> mixtures.Mixture | None:
+  """The method that `config.mixture.fn` names, or None.
+
+  Raises:
+    UserError: no such method, arguments that it refuses, or a floor that would bring back a domain
+      which data.mixture leaves out.
+  """
+  name, arguments = config.mixture.fn, config.mixture.args.to_dict()
+  if not name:
+    return None
+  check_method(name, arguments)
+  left_out = np.any(run.shares == 0)
+  if left_out and (name == 'odm' or arguments.get('floor') or arguments.get('smoothing')):
+    raise UserError(
+      f'config.mixture.fn={name!r} gives every domain a share, but data.mixture leaves some out: '
+      'leave them out with data.domains as well, or set the floor (smoothing) to 0'
+    )
+  if name == 'doremi' and left_out:
+    arguments.setdefault('smoothing', 0.0)
+  try:
+    return METHODS[name](run, **arguments)
+  except (TypeError, ValueError) as error:
+    raise UserError(f'config.mixture.args of {name!r}: {config_lib.one_line(error)}') from error
+
+
+def check_method(name: str, arguments: dict[str, Any]) -> None:
+  """What can be known without data.
+
+  Raises:
+    UserError: no such method, or an argument that it does not take.
+  """
+  if name not in METHODS:
+    near = difflib.get_close_matches(name, METHODS, 1)
+    hint = f'did you mean {near[0]!r}? ' if near else ''
+    raise UserError(f'config.mixture.fn={name!r}: {hint}known: {", ".join(METHODS)}')
+  takes = _arguments(name)
+  for argument in arguments:
+    if argument not in takes:
+      raise UserError(
+        f'config.mixture.args.{argument}: {name!r} takes {", ".join(takes) or "no arguments"}'
+      )
+
+
+def _arguments(name: str) -> list[str]:
+  """What the user may set; the rest comes from the run."""
+  method = inspect.signature(METHODS[name]).parameters
+  names = [n for n, p in method.items() if n != 'run' and p.kind is not p.VAR_KEYWORD]
+  if any(p.kind is p.VAR_KEYWORD for p in method.values()):
+    factory = getattr(mixtures, {'group_dro': 'group_dro_mixture'}.get(name, name))
+    filled_in = ('num_domains', 'learning_rate', 'every', 'mode', 'sampled', 'start', *names)
+    names += [n for n in inspect.signature(factory).parameters if n not in filled_in]
+  return names
+
+
+def _sampling_only(run: Context, name: str) -> None:
+  if run.mode != 'sample':
+    raise UserError(f"config.mixture.mode={run.mode!r}: {name!r} acts by sampling alone: 'sample'")
+
+
+def context(
+  config: Any, corpus: Corpus, shares: np.ndarray, learning_rate: Callable[[Any], Any]
+) -> Context:
+  """What the run of a config offers to its method."""
+  return Context(
+    sizes=corpus.sizes('train') * (shares > 0),
+    shares=shares,
+    rows=config.total_steps * config.batch_size,
+    learning_rate=learning_rate,
+    mode=config.mixture.mode,
+    lag=config.mixture.lag,
+  )
+
+
+def with_mixture(
+  weighting: jaxrw.Weighting, mixture: mixtures.Mixture, config: Any
+) -> jaxrw.Weighting:
+  """The weighting of a run with the stage of its mixture before it."""
+  stage = mixtures.mixing(
+    mixture,
+    lag=config.mixture.lag,
+    every=config.mixture.every,
+    weigh=config.mixture.mode == 'weigh',
+  )
+  return jaxrw.chain(**{STAGE: stage, 'weighting': weighting})
+
+
+def summarize(mixture: mixtures.Mixture, state: mixtures.MixingState) -> dict[str, jax.Array]:
+  """What the host wants to know of a mixture after a step.
+
+  Returns:
+    proportions, objective: float32[G], q and p; noise: float32[], the gradient noise of weighting
+      to p what is drawn by q over that of drawing by p, if all domains' gradients are alike.
+  """
+  q, p = mixture.proportions(state.mixture), mixture.objective(state.mixture)
+  return {'proportions': q, 'objective': p, 'noise': mixtures.second_moment_ratio(p, q)}
+
+
+# From the step to the planner ---------------------------------------------------------------------
+
+
+class Live:
+  """Hands q of finished steps to the planner, `lag` steps later; see `mixtures.mixing`.
+
+  The train loop publishes arrays that may still be computed; whoever plans, in a thread of its own,
+  waits for the one of `lag` steps ago. So the loop never waits, and a plan never depends on how
+  far ahead batches are read.
+  """
+
+  def __init__(self, lag: int):
+    self._lag = lag
+    self._known: dict[int, Any] = {}  # batch -> q
+    self._changed = threading.Condition()
+    self._closed = False
+
+  def start(self, step: int, queue: Any) -> None:
+    """Takes over what `step` finished steps have left in the queue of the mixture's stage."""
+    rows = np.asarray(queue)
+    with self._changed:
+      self._known = {step + i: row for i, row in enumerate(rows)}
+      self._changed.notify_all()
+
+  def publish(self, step: int, proportions: jax.Array) -> None:
+    """Takes q after step `step`, counted from 0."""
+    proportions.copy_to_host_async()
+    with self._changed:
+      self._known[step + self._lag] = proportions
+      self._changed.notify_all()
+
+  def __call__(self, batch: int) -> np.ndarray:
+    """q for a batch, counted from 0; waits until it is known.
+
+    Raises:
+      pipeline.Closed: the run is over.
+    """
+    with self._changed:
+      self._changed.wait_for(lambda: self._closed or batch in self._known)
+      if self._closed:
+        raise pipeline.Closed
+      proportions = self._known.pop(batch)
+    return np.asarray(proportions)
+
+  def close(self) -> None:
+    with self._changed:
+      self._closed = True
+      self._changed.notify_all()
+
+
+@contextlib.contextmanager
+def live_feed(config: Any) -> Iterator[Live | None]:
+  """The feed of a run whose sampling its mixture decides; None for others."""
+  if not config.mixture.fn:
+    yield None
+    return
+  feed = Live(config.mixture.lag)
+  try:
+    yield feed
+  finally:
+    feed.close()
+
+
+def answer(mixture: mixtures.Mixture, state: Any, mode: str) -> np.ndarray:
+  """What the method recommends after a run, float64[G] with sum 1: the average over the run where
+  the method says so, else its last mixture."""
+  if isinstance(state, mixtures.AveragedState):
+    found = mixtures.average_proportions(state)
+  else:
+    found = (mixture.objective if mode == 'weigh' else mixture.proportions)(state)
+  found = np.asarray(found, np.float64)
+  return found / found.sum()
