@@ -1,4 +1,5 @@
-"""What a mixture is told beside the losses of the step: how the domains' gradients compare.
+"""What a mixture is told beside the losses of the step: how the domains' gradients compare, or how
+the model does on blocks kept for that.
 
 Everything is read on training blocks of its own, drawn apart from the batches: what decides the
 mixture must not be tested on.
@@ -16,6 +17,7 @@ import numpy as np
 
 import jaxrw
 from experiments import mesh as mesh_lib
+from experiments import mixing
 from experiments.data import pipeline, readers
 from experiments.data.corpus import Corpus
 from experiments.errors import UserError
@@ -32,25 +34,23 @@ class DomainReader:
   """(params, finished steps) -> signals by domain; zeros at steps in between, which nothing uses.
 
   Attributes:
-    read: (params, batch of the domains, batch of the target) -> signals, jitted.
-    draw: (n) -> the two batches of the n-th reading, over all devices.
+    read: (params, *batches) -> signals, jitted.
+    draw: (finished steps) -> the batches of a reading, over all devices.
+    due: (finished steps) -> whether there is a reading before the next step.
     shapes: of the signals.
-    every: steps from one reading to the next.
   """
 
   read: Callable[..., dict[str, jax.Array]]
-  draw: Callable[[int], tuple[Batch, Batch]]
+  draw: Callable[[int], tuple[Batch, ...]]
+  due: Callable[[int], bool]
   shapes: dict[str, jax.ShapeDtypeStruct]
-  every: int
 
   def zeros(self) -> dict[str, jax.Array]:
     """What is told where nothing is read."""
     return {name: jnp.zeros(s.shape, s.dtype) for name, s in self.shapes.items()}
 
   def __call__(self, params: Any, steps: int) -> dict[str, jax.Array]:
-    if steps % self.every:
-      return self.zeros()
-    return self.read(params, *self.draw(steps // self.every))
+    return self.read(params, *self.draw(steps)) if self.due(steps) else self.zeros()
 
 
 def make_reader(
@@ -58,35 +58,56 @@ def make_reader(
 ) -> DomainReader | None:
   """The reader that the method of `config.mixture` needs, or None.
 
-  Every `config.mixture.every` steps, each domain with a share is read on `config.mixture.rows` new
-  blocks, and the target on `config.mixture.target_rows`.
+  For methods that follow gradients, each domain with a share is read on `config.mixture.rows` new
+  blocks every `config.mixture.every` steps, and the target on `config.mixture.target_rows`. For
+  aioli the domains' losses are read where its schedule says so, on the same blocks each time.
 
   Raises:
     UserError: an unknown target, or one without blocks.
   """
-  if config.mixture.fn not in FOLLOW_GRADIENTS:
-    return None
+  name, rows, num_domains = config.mixture.fn, config.mixture.rows, len(corpus.domains)
   # Fused attention has no forward-mode derivative.
   model = dataclasses.replace(model, dropout=0.0, attention='xla')
-  with_norms = config.mixture.fn == 'doge' or 'normalize' in config.mixture.args
-  read = make_read(model, mesh, len(corpus.domains), config.mixture.rows if with_norms else 0)
-  draws = (
-    _drawer(corpus, shares > 0, config.mixture.rows, config.seed, mesh),
-    _target_drawer(config, corpus, shares, mesh),
-  )
-  vector = jax.ShapeDtypeStruct((len(corpus.domains),), jnp.float32)
-  shapes = {'domain_alignment': vector}
-  if with_norms:
-    shapes |= {
-      'domain_grad_norms': vector,
-      'target_grad_norm': jax.ShapeDtypeStruct((), jnp.float32),
-    }
+  vector = jax.ShapeDtypeStruct((num_domains,), jnp.float32)
+  drawn = _drawer(corpus, shares > 0, rows, config.seed, mesh)
+  if name == 'aioli':
+    due = mixing.aioli_measures(config, num_domains)
+    losses = domain_losses(model, mesh, num_domains)
+    read = lambda params, batch: {'domain_eval_losses': losses(params, batch)}
+    draw = lambda steps: (drawn(0),)
+    shapes = {'domain_eval_losses': vector}
+  elif name in FOLLOW_GRADIENTS:
+    with_norms = name == 'doge' or 'normalize' in config.mixture.args
+    target, every = _target_drawer(config, corpus, shares, mesh), config.mixture.every
+    due = lambda steps: steps % every == 0
+    read = make_read(model, mesh, num_domains, rows if with_norms else 0)
+    draw = lambda steps: (drawn(steps // every), target(steps // every))
+    shapes = {'domain_alignment': vector}
+    if with_norms:
+      scalar = jax.ShapeDtypeStruct((), jnp.float32)
+      shapes |= {'domain_grad_norms': vector, 'target_grad_norm': scalar}
+  else:
+    return None
   return DomainReader(
     read=jax.jit(read, out_shardings=mesh_lib.replicated(mesh)),
-    draw=lambda n: tuple(mesh_lib.to_global(draw(n), mesh) for draw in draws),
+    draw=lambda steps: tuple(mesh_lib.to_global(batch, mesh) for batch in draw(steps)),
+    due=due,
     shapes=shapes,
-    every=config.mixture.every,
   )
+
+
+def domain_losses(
+  model: gpt2.GPT2Config, mesh: jax.sharding.Mesh, num_domains: int
+) -> Callable[[Any, Batch], jax.Array]:
+  """(params, batch) -> mean loss of each domain's examples, float32[G]; 0 for an absent one."""
+
+  def losses_of(params, batch):
+    losses, base = _examples(params, batch, model, mesh)
+    columns = jnp.stack([base * losses, base], axis=1)
+    totals = diagnostics.group_sums(columns, batch['domain_id'], num_domains)
+    return masked.divide(totals[:, 0], totals[:, 1])
+
+  return losses_of
 
 
 def make_read(
@@ -104,36 +125,31 @@ def make_read(
     rows_for_norms: 0 for no norms; else how many rows of each domain follow one another.
   """
 
-  def examples(params, batch):
-    losses = gpt2.token_losses(params, batch, model, mesh=mesh)
-    return masked.example_level(losses, jaxrw.base_measure(batch['base'], losses))
-
-  def domain_losses(params, batch):
-    losses, base = examples(params, batch)
-    columns = jnp.stack([base * losses, base], axis=1)
-    totals = diagnostics.group_sums(columns, batch['domain_id'], num_domains)
-    return masked.divide(totals[:, 0], totals[:, 1])
+  losses_of = domain_losses(model, mesh, num_domains)
 
   def target_loss(params, batch):
     """The mean over the target's domains, each counting alike."""
     real = jnp.any(batch['base'] > 0, axis=1).astype(jnp.float32)
     counts = diagnostics.group_sums(real[:, None], batch['domain_id'], num_domains)[:, 0]
-    return masked.mean(domain_losses(params, batch), (counts > 0).astype(jnp.float32))
+    return masked.mean(losses_of(params, batch), (counts > 0).astype(jnp.float32))
 
   def norm(tree):
     return jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(tree)))
 
   def read(params, batch, target):
     direction = gradients.target_direction(target_loss, params, target)
-    losses_of = lambda params: domain_losses(params, batch)
-    found = {'domain_alignment': gradients.alignment(losses_of, params, direction)}
+    of_params = lambda params: losses_of(params, batch)
+    found = {'domain_alignment': gradients.alignment(of_params, params, direction)}
     if rows_for_norms:
       whole = batch['base'].shape[0] // rows_for_norms
       parts = jax.tree.map(
         lambda x: x[: whole * rows_for_norms].reshape(whole, rows_for_norms, *x.shape[1:]), batch
       )
       norms = jax.lax.map(
-        lambda part: norm(jax.grad(lambda p: masked.mean(*examples(p, part)))(params)), parts
+        lambda part: norm(
+          jax.grad(lambda p: masked.mean(*_examples(p, part, model, mesh)))(params)
+        ),
+        parts,
       )
       # A domain's rows are of one part; parts of padding have norm 0.
       found['domain_grad_norms'] = jnp.zeros(num_domains).at[parts['domain_id'][:, 0]].add(norms)
@@ -141,6 +157,12 @@ def make_read(
     return found
 
   return read
+
+
+def _examples(params, batch: Batch, model: gpt2.GPT2Config, mesh: jax.sharding.Mesh):
+  """(losses, base), both float32[B]."""
+  losses = gpt2.token_losses(params, batch, model, mesh=mesh)
+  return masked.example_level(losses, jaxrw.base_measure(batch['base'], losses))
 
 
 def _target_drawer(

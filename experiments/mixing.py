@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ class Context(NamedTuple):
   learning_rate: Callable[[Any], Any]
   mode: str
   lag: int
+  every: int
 
   @property
   def num_domains(self) -> int:
@@ -103,9 +105,50 @@ def odm(run: Context, **arguments: Any) -> mixtures.Mixture:
   return mixtures.odm(run.num_domains, **arguments)
 
 
+def ado(run: Context, lowest_loss: float = 0.05, **arguments: Any) -> mixtures.Mixture:
+  """By the losses' power laws: towards the domains whose loss still falls fastest.
+
+  The official wall under a law's floor is 1.65 nats, which a loss per byte can fall below.
+  """
+  _every_step(run, 'ado')
+  low, high = mixtures.WALLS
+  walls = low._replace(log_floor=math.log(lowest_loss)), high
+  return mixtures.ado(run.num_domains, run.shares, walls=walls, **run.acts, **arguments)
+
+
+def aioli(run: Context, **arguments: Any) -> mixtures.Mixture:
+  """By short bursts on single domains, which measure how domains help each other."""
+  _sampling_only(run, 'aioli')
+  _every_step(run, 'aioli')
+  # Losses are read before a step, so the stage's step s is told what holds after step s - 1.
+  own = mixtures.aioli(run.num_domains, lag=run.lag + 1, start=run.shares, **arguments)
+  update = lambda state, *, step, **signals: own.update(state, step=step - 1, **signals)
+  return own._replace(update=update)
+
+
+def aioli_measures(config: Any, num_domains: int) -> Callable[[int], bool]:
+  """(finished steps) -> whether `aioli` wants to know the losses before the next step."""
+  names = ('round_steps', 'rounds_of_bursts', 'burst_steps', 'warmup_steps')
+  schedule = {name: config.mixture.args[name] for name in names if name in config.mixture.args}
+  lag = config.mixture.lag + 1
+  return lambda steps: bool(mixtures.aioli_measures(steps - 1, num_domains, lag=lag, **schedule))
+
+
 METHODS: dict[str, Callable[..., mixtures.Mixture]] = {
   method.__name__: method
-  for method in (temperature, cooldown, dense_cooldown, unimax, dga, doge, doremi, group_dro, odm)
+  for method in (
+    temperature,
+    cooldown,
+    dense_cooldown,
+    unimax,
+    dga,
+    doge,
+    doremi,
+    group_dro,
+    odm,
+    ado,
+    aioli,
+  )
 }
 
 
@@ -121,7 +164,8 @@ def make_mixture(config: Any, run: Context) -> mixtures.Mixture | None:
     return None
   check_method(name, arguments)
   left_out = np.any(run.shares == 0)
-  if left_out and (name == 'odm' or arguments.get('floor') or arguments.get('smoothing')):
+  spreads = arguments.get('floor') if name != 'ado' else 0
+  if left_out and (name in ('odm', 'aioli') or spreads or arguments.get('smoothing')):
     raise UserError(
       f'config.mixture.fn={name!r} gives every domain a share, but data.mixture leaves some out: '
       'leave them out with data.domains as well, or set the floor (smoothing) to 0'
@@ -158,9 +202,24 @@ def _arguments(name: str) -> list[str]:
   names = [n for n, p in method.items() if n != 'run' and p.kind is not p.VAR_KEYWORD]
   if any(p.kind is p.VAR_KEYWORD for p in method.values()):
     factory = getattr(mixtures, {'group_dro': 'group_dro_mixture'}.get(name, name))
-    filled_in = ('num_domains', 'learning_rate', 'every', 'mode', 'sampled', 'start', *names)
-    names += [n for n in inspect.signature(factory).parameters if n not in filled_in]
+    filled_in = (
+      'num_domains',
+      'learning_rate',
+      'every',
+      'mode',
+      'sampled',
+      'start',
+      'prior',
+      'lag',
+    )
+    own = inspect.signature(factory).parameters
+    names += [n for n in own if n not in (*filled_in, *names)]
   return names
+
+
+def _every_step(run: Context, name: str) -> None:
+  if run.every != 1:
+    raise UserError(f'config.mixture.every={run.every}: {name!r} has a schedule of its own: use 1')
 
 
 def _sampling_only(run: Context, name: str) -> None:
@@ -179,6 +238,7 @@ def context(
     learning_rate=learning_rate,
     mode=config.mixture.mode,
     lag=config.mixture.lag,
+    every=config.mixture.every,
   )
 
 

@@ -1,5 +1,6 @@
 """Mixtures of domains: how often each is sampled, what it counts, which examples make a batch."""
 
+from jaxrw.mixtures.ado import WALLS, ADOState, PowerLaw, ado, fit_power_law, learning_potential
 from jaxrw.mixtures.aioli import (
   AioliState,
   aioli,
@@ -52,6 +53,8 @@ from jaxrw.mixtures.utility import (
 )
 
 __all__ = [
+  'WALLS',
+  'ADOState',
   'AioliState',
   'AveragedState',
   'MixingState',
@@ -59,7 +62,9 @@ __all__ = [
   'Plan',
   'Planner',
   'PlannerState',
+  'PowerLaw',
   'RepeatedDataFit',
+  'ado',
   'aioli',
   'aioli_measures',
   'average_proportions',
@@ -73,10 +78,12 @@ __all__ = [
   'doremi',
   'excess_losses',
   'exponentiated_step',
+  'fit_power_law',
   'fit_repeated_data_error',
   'fixed',
   'group_dro_mixture',
   'importance_mixture',
+  'learning_potential',
   'mixed_pools',
   'mixing',
   'normalize_interactions',
