@@ -24,6 +24,14 @@ METRICS = {
   'macro_loss': 'macro nats per token',
   'micro_loss': 'micro nats per token',
 }
+
+
+def metric_title(metric: str) -> str:
+  """A metric in words."""
+  domain = metric.removeprefix('bpb/')
+  return METRICS.get(metric) or (f'bits per byte of {domain}' if domain != metric else metric)
+
+
 EVIDENCE_PARAMS = 15e6
 EVIDENCE_TOKENS = 100e6
 

@@ -11,7 +11,8 @@ repeat the command to continue.
 --jobs=N trains N units at a time, for machines with cores to spare.
 
 An arm may change more than the weighting: 'uniform@batch_size=8' or, for selective backward,
-'trimmed:share=0.5@keep.rows=8'; any key of the config will do.
+'trimmed:share=0.5@keep.rows=8'; any key of the config will do, and '@mixture=' takes a method with
+its arguments. 'NAME:=ARM' gives it a short name: 'odm:=uniform@mixture=odm:lag=4'.
 
 Prints a table; writes WORKDIR/compare.json, WORKDIR/report.html and WORKDIR/plots/*.png.
 """
@@ -70,15 +71,27 @@ class Plan:
 
   def unit_config(self, weighting: str, lr: float, seed: int) -> ConfigDict:
     config = config_lib.from_json(config_lib.to_json(self.config))
-    set_arm(config, weighting)
+    set_arm(config, arm_spec(weighting))
     config.optim.lr, config.seed = lr, seed
     return config
 
   def unit_folder(self, weighting: str, lr: float, seed: int) -> Path:
     """Readable, and different whenever anything that changes the numbers differs."""
     digest = config_lib.config_hash(self.unit_config(weighting, lr, seed))
-    name = f'{re.sub("[^A-Za-z0-9.]+", "-", weighting)}__lr{lr:g}__seed{seed}__{digest}'
+    name = (
+      f'{re.sub("[^A-Za-z0-9.]+", "-", arm_name(weighting))[:80]}__lr{lr:g}__seed{seed}__{digest}'
+    )
     return self.folder / 'runs' / name
+
+
+def arm_name(arm: str) -> str:
+  """The name an arm is shown under: what stands before ':=', or the arm itself."""
+  return arm.partition(':=')[0]
+
+
+def arm_spec(arm: str) -> str:
+  """What an arm is, for `configs.common.set_arm`."""
+  return arm.rpartition(':=')[2]
 
 
 def make_plan(
@@ -101,8 +114,8 @@ def make_plan(
     raise UserError(f'--seeds={seeds}: must be at least 1; 3 or more give a usable interval')
   if not 1 <= tune_seeds <= seeds:
     raise UserError(f'--tune_seeds={tune_seeds}: must be from 1 to the number of --seeds={seeds}')
-  if metric not in METRICS:
-    raise UserError(f'--metric={metric}: must be one of {", ".join(METRICS)}')
+  if metric not in METRICS and not metric.startswith('bpb/'):
+    raise UserError(f'--metric={metric}: must be one of {", ".join(METRICS)}, or bpb/<domain>')
   plan = Plan(
     config=config,
     weightings=split_list('--weightings', weightings, 'uniform,linupper:0.4'),
@@ -113,6 +126,11 @@ def make_plan(
     tune_seeds=tune_seeds,
   )
   seen: dict[str, str] = {}
+  names = [arm_name(arm) for arm in plan.weightings]
+  if repeated := sorted({name for name in names if names.count(name) > 1 or not name}):
+    raise UserError(
+      f'--weightings: the name {repeated[0]!r} is empty or there twice; choose another'
+    )
   for weighting in plan.weightings:
     try:
       arm = plan.unit_config(weighting, plan.lrs[0], plan.seeds[0])
@@ -128,9 +146,11 @@ def make_plan(
 
 def check_weighting(name: str, config: ConfigDict) -> None:
   """Builds the pipeline of one arm once, so that a wrong name fails before anything is trained."""
-  from experiments import signals
+  from experiments import mixing, signals
 
   try:
+    if config.mixture.fn:
+      mixing.check_method(config.mixture.fn, config.mixture.args.to_dict())
     signals.make_weighting(config)
     signals.make_keep(config)
   except UserError as e:
@@ -187,22 +207,24 @@ def compare(plan: Plan, train: TrainFn | None = None, jobs: int = 1) -> Board:
   for (weighting, *_), run in zip(repeats, units.finish(repeats)):
     runs[weighting].append(run)
   return Board(
-    tuple(Arm(w, best[w], tuple(runs[w]), tuple(grids[w].items())) for w in plan.weightings),
+    tuple(
+      Arm(arm_name(w), best[w], tuple(runs[w]), tuple(grids[w].items())) for w in plan.weightings
+    ),
     plan.metric,
   )
 
 
 def count_flops(plan: Plan, board: Board) -> Board:
   """The board with the FLOPs of a step, where arms change more than the weighting."""
-  if not any('@' in arm.name for arm in board.arms):
+  if not any('@' in arm for arm in plan.weightings):
     return board
   from experiments import dry_run, train
 
-  def counted(arm: Arm) -> Arm:
-    run = train.build(plan.unit_config(arm.name, plan.lrs[0], plan.seeds[0]))
+  def counted(spec: str, arm: Arm) -> Arm:
+    run = train.build(plan.unit_config(spec, plan.lrs[0], plan.seeds[0]))
     return dataclasses.replace(arm, step_flops=dry_run.step_costs(run).matmul_flops)
 
-  return dataclasses.replace(board, arms=tuple(map(counted, board.arms)))
+  return dataclasses.replace(board, arms=tuple(map(counted, plan.weightings, board.arms)))
 
 
 def best_rate(grid: dict[float, float]) -> float | None:
@@ -288,7 +310,7 @@ class Units:
   def finish_one(self, weighting: str, lr: float, seed: int) -> Run:
     """The run of one unit, trained or resumed unless a finished one is there."""
     folder = self.plan.unit_folder(weighting, lr, seed)
-    title = f'{weighting}  lr {lr:g}  seed {seed}'
+    title = f'{arm_name(weighting)}  lr {lr:g}  seed {seed}'
     fresh = not Run(folder).finished
     if fresh:
       say(f'[{self.done + 1}/{self.total}] {title}  ...{self.time_left()}')
@@ -358,7 +380,7 @@ def define_flags() -> None:
   flags.DEFINE_string('lrs', None, 'peak learning rates to try; default: the one of the config')
   flags.DEFINE_integer('seeds', 3, 'paired seeds of every arm, from config.seed on')
   flags.DEFINE_integer('tune_seeds', 1, 'how many of them choose the learning rate, by their mean')
-  flags.DEFINE_enum('metric', 'macro_bpb', list(METRICS), 'what picks the learning rate')
+  flags.DEFINE_string('metric', 'macro_bpb', f'{", ".join(METRICS)} or bpb/<domain>')
   flags.DEFINE_integer('jobs', 1, 'runs at once, in processes of their own', lower_bound=1)
   flags.DEFINE_string('workdir', '', 'where runs and report go; the same one to continue')
 

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.board import METRICS, Arm, Board, lookup
+from experiments.board import Arm, Board, lookup, metric_title
 from experiments.verdict import column
 
 DASHES: tuple[Any, ...] = ('-', (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.5, 1.5)))
@@ -116,7 +116,7 @@ def draw_rates(board: Board, theme: Theme) -> Figure | None:
   ax.set_xticks(rates, [f'{lr:g}' for lr in rates], minor=False)
   ax.minorticks_off()
   ax.set_xlabel('peak learning rate (log scale)')
-  ax.set_ylabel(f'{METRICS.get(board.metric, board.metric)},\nfirst seed')
+  ax.set_ylabel(f'{metric_title(board.metric)},\nfirst seed')
   ax.grid(axis='y')
   label_ends(ax, ends)
   return fig
@@ -222,7 +222,7 @@ def draw_frontier(board: Board, theme: Theme) -> Figure | None:
   ax.set_xlim(0, None)
   ax.grid()
   ax.set_xlabel('matmul TFLOP spent')
-  ax.set_ylabel(f'{METRICS[board.metric]}, mean and every seed')
+  ax.set_ylabel(f'{metric_title(board.metric)}, mean and every seed')
   longest = max(len(arm.name) for _, arm in arms)
   fig.legend(loc='outside upper left', ncols=1 if longest > 40 else 2, frameon=False)
   return fig

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from experiments import stats
-from experiments.board import METRICS, Arm, Board
+from experiments.board import Arm, Board, metric_title
 
 WIDTH = 118  # columns of a printed table
 
@@ -61,7 +61,7 @@ def arm_verdict(board: Board, arm: Arm) -> Verdict:
 
 def describe(result: stats.Paired, metric: str) -> str:
   """'+0.0123 macro bits per byte (95% interval ...; 3 paired seeds could have shown ...)'."""
-  difference = f'{result.mean:+.4f} {METRICS.get(metric, metric)}'
+  difference = f'{result.mean:+.4f} {metric_title(metric)}'
   if result.low is None:
     return f'{difference}; one pair of runs gives no interval, so this may be chance alone'
   return (
