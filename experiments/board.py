@@ -26,14 +26,15 @@ METRICS = {
 }
 
 
+ALIGNMENT = 'alignment.json'  # of a run, where experiments.alignment has read it
+EVIDENCE_PARAMS = 15e6
+EVIDENCE_TOKENS = 100e6
+
+
 def metric_title(metric: str) -> str:
   """A metric in words."""
   domain = metric.removeprefix('bpb/')
   return METRICS.get(metric) or (f'bits per byte of {domain}' if domain != metric else metric)
-
-
-EVIDENCE_PARAMS = 15e6
-EVIDENCE_TOKENS = 100e6
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Run:
   @functools.cached_property
   def result(self) -> dict[str, Any] | None:
     return _json_or_none(self.path / 'result.json')
+
+  @functools.cached_property
+  def alignment(self) -> dict[str, Any] | None:
+    return _json_or_none(self.path / ALIGNMENT)
 
   @functools.cached_property
   def metrics(self) -> list[dict[str, Any]]:
@@ -125,6 +130,11 @@ class Arm:
   def mean(self, metric: str) -> float:
     values = list(self.values(metric).values())
     return sum(values) / len(values) if values else math.nan
+
+  @property
+  def alignment(self) -> dict[str, Any] | None:
+    """What `experiments.alignment` has read in the first of the runs that it was pointed at."""
+    return next((found for run in self.runs if (found := run.alignment) is not None), None)
 
   @property
   def diverged_seeds(self) -> list[int]:

@@ -218,11 +218,15 @@ def count_flops(plan: Plan, board: Board) -> Board:
   """The board with the FLOPs of a step, where arms change more than the weighting."""
   if not any('@' in arm for arm in plan.weightings):
     return board
-  from experiments import dry_run, train
+  from experiments import compiled, dry_run, train
 
   def counted(spec: str, arm: Arm) -> Arm:
     run = train.build(plan.unit_config(spec, plan.lrs[0], plan.seeds[0]))
-    return dataclasses.replace(arm, step_flops=dry_run.step_costs(run).matmul_flops)
+    try:
+      return dataclasses.replace(arm, step_flops=dry_run.step_costs(run).matmul_flops)
+    except compiled.UncountableError as error:
+      say(f'FLOPs of {arm.name} are not shown: {error}')
+      return arm
 
   return dataclasses.replace(board, arms=tuple(map(counted, plan.weightings, board.arms)))
 

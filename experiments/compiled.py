@@ -30,6 +30,10 @@ class Collective(NamedTuple):
   name: str = ''
 
 
+class UncountableError(ValueError):
+  """A matmul or collective runs as often as the data say."""
+
+
 class Costs(NamedTuple):
   """Costs of one call on one device. Elementwise work is not in `matmul_flops`."""
 
@@ -44,8 +48,9 @@ def costs(compiled: Any) -> Costs:
   """Counts a `jax.jit(f).lower(...).compile()`.
 
   Raises:
-    ValueError: the program hides a matmul or collective where it cannot be counted (an unknown
-      library call, a loop whose trip count the compiler does not know).
+    UncountableError: a loop with a matmul or collective whose trip count the compiler does not
+      know.
+    ValueError: the program hides a matmul or collective elsewhere (an unknown library call).
   """
   flops, collectives = count_hlo(compiled.as_text())
   memory = compiled.memory_analysis()
@@ -116,7 +121,7 @@ def count_hlo(text: str) -> tuple[int, tuple[Collective, ...]]:
     if instruction.opcode == 'while':
       trips = instruction.trip_count
       if trips is None and any(flops or collectives for flops, collectives in callees):
-        raise ValueError(
+        raise UncountableError(
           f'cannot count {instruction.name}: a loop with matmuls or collectives in its body, '
           'whose trip count the compiler does not know'
         )

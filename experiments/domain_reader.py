@@ -159,6 +159,28 @@ def make_read(
   return read
 
 
+def read_matrix(
+  model: gpt2.GPT2Config, mesh: jax.sharding.Mesh, corpus: Corpus, blocks: int
+) -> Callable[[Any], np.ndarray]:
+  """(params) -> inner products of the domains' gradients, float64[G, G]; 0 for an empty domain.
+
+  One domain's gradient at a time is the direction along which the losses of all are derived.
+  """
+  model = dataclasses.replace(model, dropout=0.0, attention='xla')
+  sizes = corpus.sizes('train')
+  batch = mesh_lib.to_global(_drawer(corpus, sizes > 0, blocks, 0, mesh)(0), mesh)
+  losses_of = domain_losses(model, mesh, len(corpus.domains))
+
+  @jax.jit
+  def row(params, domain):
+    direction = jax.grad(lambda params: losses_of(params, batch)[domain])(params)
+    return gradients.alignment(lambda params: losses_of(params, batch), params, direction)
+
+  return lambda params: np.array(
+    [np.asarray(row(params, g), np.float64) for g in range(len(corpus.domains))]
+  )
+
+
 def _examples(params, batch: Batch, model: gpt2.GPT2Config, mesh: jax.sharding.Mesh):
   """(losses, base), both float32[B]."""
   losses = gpt2.token_losses(params, batch, model, mesh=mesh)

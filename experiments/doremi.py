@@ -64,7 +64,7 @@ def stage_configs(
 def mixture_text(path: Path, start: np.ndarray) -> str:
   """The found weights beside those it started from, aligned."""
   weights = files.read_json(path)['weights']
-  width = max(map(len, weights))
+  width = max(len('domain'), *map(len, weights))
   rows = [
     f'  {name:<{width}}  {before:>8.4f}  {after:>8.4f}  {after / before if before else 0:>6.2f} x'
     for (name, after), before in zip(weights.items(), start)

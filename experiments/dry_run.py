@@ -18,7 +18,12 @@ def describe(run: Run) -> str:
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), any_batch(run)
   )
   signals = jax.eval_shape(run.signals, run.abstract_state.params)
-  costs = compiled.costs(run.train_step.lower(run.abstract_state, batch, signals).compile())
+  step = run.train_step.lower(run.abstract_state, batch, signals).compile()
+  try:
+    costs = compiled.costs(step)
+    cost_lines = [compiled.format_costs(costs), *reading_text(run, costs)]
+  except compiled.UncountableError as error:
+    cost_lines = [str(error)]
   planned = mixture_lib.planned_examples(
     corpus,
     batch_size=config.batch_size,
@@ -38,12 +43,27 @@ def describe(run: Run) -> str:
       f'mesh: {dict(run.mesh.shape)}, {run.mesh.devices.flat[0].device_kind}',
       f'tokens: {config.total_steps:,} steps x {config.batch_size} x {corpus.seq_len} = {tokens:,}',
       'compiled step, per device:',
-      compiled.format_costs(costs),
+      *cost_lines,
       f'planned{", before " + config.mixture.fn + " changes it" if run.mixture else ""}:',
       *rows,
       *(f'note: {remark}' for remark in mixture_lib.remarks(config.data.mixture, planned)),
     ]
   )
+
+
+def reading_text(run: Run, step: compiled.Costs) -> list[str]:
+  """What the mixture's readings cost beside the steps; nothing where it reads nothing."""
+  reader = run.read_domains
+  if reader is None:
+    return []
+  read = reader.read.lower(run.abstract_state.params, *reader.draw(0)).compile()
+  flops, steps = compiled.costs(read).matmul_flops, run.config.total_steps
+  times = sum(map(reader.due, range(steps)))
+  share = times * flops / (steps * step.matmul_flops)
+  return [
+    f'reading the domains for {run.config.mixture.fn}: {flops:.4g} matmul FLOP, {times:,} times in '
+    f'{steps:,} steps: {share:.2%} of the matmul FLOPs of the steps'
+  ]
 
 
 def step_costs(run: Run) -> compiled.Costs:

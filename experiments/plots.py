@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,28 +155,107 @@ def draw_curves(board: Board, theme: Theme) -> Figure | None:
 
 def draw_domain_weights(board: Board, theme: Theme) -> Figure | None:
   """Mean weight of each domain's examples over training, one panel for each arm that reweights."""
+  weight = lambda row, domain: lookup(row.get('domain', {}).get(domain, {}), 'weight')
   arms = [arm for arm in board.arms if reweights(arm)]
+  return draw_by_domain(board, arms, weight, theme, 'mean weight (1 is neutral)', neutral=1)
+
+
+def draw_mixtures(board: Board, theme: Theme) -> Figure | None:
+  """Share of each domain over training, one panel for each arm whose mixture changes: in the loss
+  for those that weigh, in the batches for those that sample."""
+
+  def share(row, domain):
+    mixture = row.get('mixture', {})
+    return lookup(mixture.get('objective', {}), domain)
+
+  arms = [arm for arm in board.arms if any('mixture' in row for row in _train_rows(arm))]
+  neutral = 1 / max(len(board.domains), 1)
+  return draw_by_domain(board, arms, share, theme, 'share of the domain', neutral=neutral)
+
+
+def draw_by_domain(
+  board: Board,
+  arms: Sequence[Arm],
+  value: Callable[[dict, str], float],
+  theme: Theme,
+  title: str,
+  neutral: float,
+) -> Figure | None:
+  """A number of every domain over training, one panel for each arm."""
   if not arms:
     return None
   fig, panels = small_multiples(len(arms), columns=2, size=(4.6, 3.1))
   for ax, arm in zip(panels, arms):
     ends = []
     for i, domain in enumerate(board.domains):
-      steps, curves = seed_curves(
-        arm, 'train', lambda row, d=domain: lookup(row.get('domain', {}).get(d, {}), 'weight')
-      )
+      steps, curves = seed_curves(arm, 'train', lambda row, d=domain: value(row, d))
       if not len(steps):
         continue
       curve = smooth(curves.mean(0))
       style = style_of(i, theme)
       ax.plot(steps, curve, lw=1.6, **style)
       ends.append((steps[-1], curve[-1], domain, style['color']))
-    ax.axhline(1, color=theme.faint, lw=1)
+    ax.axhline(neutral, color=theme.faint, lw=1)
     ax.set_title(arm.name)
     ax.grid(axis='y')
     label_ends(ax, ends)
-  frame(fig, panels, 'optimizer step', 'mean weight (1 is neutral)', legend=False)
+  frame(fig, panels, 'optimizer step', title, legend=False)
   return fig
+
+
+def draw_epochs(board: Board, theme: Theme) -> Figure | None:
+  """How often each arm went through each domain, where arms differ in that."""
+  arms = [(i, arm) for i, arm in enumerate(board.arms) if arm.survivors]
+  epochs = np.array(
+    [
+      [
+        np.mean([run.result.get('epochs', {}).get(d, 0.0) for run in arm.survivors])
+        for d in board.domains
+      ]
+      for _, arm in arms
+    ]
+  )
+  if not epochs.size or np.ptp(epochs, axis=0).max() <= 0.05 * epochs.max():
+    return None
+  fig = Figure(figsize=(8, 1.2 + 0.34 * len(board.domains)), layout='constrained')
+  ax = fig.subplots()
+  for (i, arm), values in zip(arms, epochs):
+    offset = (i - (len(board.arms) - 1) / 2) * 0.6 / len(board.arms)
+    ax.plot(
+      values, np.arange(len(values)) + offset, MARKERS[i % len(MARKERS)], ms=5,
+      color=style_of(i, theme)['color'], label=arm.name,
+    )  # fmt: skip
+  if epochs.max() > 1:
+    ax.axvline(1, color=theme.faint, lw=1)
+  ax.set_yticks(range(len(board.domains)), board.domains)
+  ax.invert_yaxis()
+  ax.set_xlim(0, None)
+  ax.grid(axis='x')
+  ax.set_xlabel('epochs at the end of training')
+  fig.legend(loc='outside upper left', ncols=4, frameon=False)
+  return fig
+
+
+def draw_alignment(board: Board, theme: Theme) -> Figure | None:
+  """Cosines between the domains' gradients, for the arms that `experiments.alignment` has read."""
+  found = [(arm, read) for arm in board.arms if (read := arm.alignment) is not None]
+  if not found:
+    return None
+  fig, panels = small_multiples(len(found), columns=2, size=(4.4, 4.0))
+  for ax, (arm, read) in zip(panels, found):
+    draw_matrix(ax, np.array(read['cosines']), read['domains'])
+    ax.set_title(arm.name)
+  return fig
+
+
+def draw_matrix(ax: Axes, matrix: np.ndarray, names: Sequence[str]) -> None:
+  """A symmetric matrix of cosines with its numbers."""
+  ax.imshow(matrix, cmap='RdBu_r', vmin=-1, vmax=1)
+  ax.set_xticks(range(len(names)), names, rotation=45, ha='right')
+  ax.set_yticks(range(len(names)), names)
+  for (i, j), value in np.ndenumerate(matrix):
+    ink = '#ffffff' if abs(value) > 0.6 else '#1d2128'  # on the map's colors, in either theme
+    ax.text(j, i, f'{value:.2f}', ha='center', va='center', fontsize=7.5, color=ink)
 
 
 def draw_concentration(board: Board, theme: Theme) -> Figure | None:
@@ -234,6 +313,9 @@ FIGURES: dict[str, Callable[[Board, Theme], Figure | None]] = {
   'learning_rates': draw_rates,
   'curves': draw_curves,
   'domain_weights': draw_domain_weights,
+  'mixtures': draw_mixtures,
+  'epochs': draw_epochs,
+  'alignment': draw_alignment,
   'concentration': draw_concentration,
 }
 
@@ -343,7 +425,11 @@ def seed_curves(
 
 def reweights(arm: Arm) -> bool:
   """Whether any step of any seed had unequal weights."""
-  return any(row.get('ess', 1.0) < 1 - 1e-4 for run in arm.runs for row in run.rows('train'))
+  return any(row.get('ess', 1.0) < 1 - 1e-4 for row in _train_rows(arm))
+
+
+def _train_rows(arm: Arm) -> Iterator[dict[str, Any]]:
+  return (row for run in arm.runs for row in run.rows('train'))
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

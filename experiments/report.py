@@ -62,6 +62,21 @@ CAPTIONS = {
     'Mean weight of the examples of each domain in a batch, averaged over seeds and smoothed. '
     'Above 1 a domain counts more than under uniform weights, below 1 less.',
   ),
+  'mixtures': (
+    'How the mixture changed',
+    'Share of each domain, averaged over seeds and smoothed: in the batches for methods that '
+    'sample, in the loss for methods that weigh. The line is the equal share.',
+  ),
+  'epochs': (
+    'Epochs consumed',
+    'How often each arm went through the blocks of each domain, averaged over seeds. To the right '
+    'of the line a domain was repeated.',
+  ),
+  'alignment': (
+    'Which domains pull alike',
+    "Cosine between the gradients of the domains' losses at the end of training. Where it is high, "
+    'training on one domain helps the other.',
+  ),
   'concentration': (
     'How much of each batch was used',
     'Uniform weights sit at 1, 1 and one over the batch size. The lower the effective sample size, '

@@ -33,14 +33,22 @@ _BPE_BYTES = 4_000_000  # of each domain, to learn a vocabulary from
 
 
 class Stream(NamedTuple):
-  """The token stream of one domain and split."""
+  """The token stream of one domain and split, in files; nothing of it stays open or in memory."""
 
-  tokens: np.ndarray  # [n], starting and ending with EOT
-  weights: np.ndarray | None  # float32[n], of each token as a target
+  token_file: Path
+  weight_file: Path | None
+  num_tokens: int
   starts: np.ndarray  # int64[documents]: position of each document's first token
   ids: list[str]
   num_bytes: int
-  bigrams: np.ndarray  # int64[256, 256]: pairs of neighboring bytes within documents
+
+  def tokens(self) -> np.ndarray:
+    """int32[num_tokens], starting and ending with EOT."""
+    return _mapped(self.token_file, np.int32)
+
+  def weights(self) -> np.ndarray | None:
+    """float32[num_tokens], of each token as a target."""
+    return None if self.weight_file is None else _mapped(self.weight_file, np.float32)
 
 
 class Blocks(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -53,7 +61,7 @@ class Blocks(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     self._streams = streams
     self._seq_len = seq_len
     self._dtype = np.uint16 if vocab_size <= 2**16 else np.int32
-    self._weighted = any(s.weights is not None for split in streams.values() for s in split)
+    self._weighted = any(s.weight_file is not None for split in streams.values() for s in split)
     super().__init__(file_format='array_record', **kwargs)
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -86,7 +94,7 @@ class Blocks(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 def num_blocks(stream: Stream, seq_len: int) -> int:
   """Blocks that cover the stream; its first token is a target of none."""
-  return -(-(stream.tokens.size - 1) // seq_len)
+  return -(-(stream.num_tokens - 1) // seq_len)
 
 
 def cut(stream: Stream, seq_len: int) -> Iterator[dict[str, Any]]:
@@ -94,28 +102,31 @@ def cut(stream: Stream, seq_len: int) -> Iterator[dict[str, Any]]:
   documents = np.searchsorted(
     stream.starts, 1 + np.arange(num_blocks(stream, seq_len)) * seq_len, side='right'
   )
-  eot = stream.tokens[0]
+  stored, weights = stream.tokens(), stream.weights()
   for i, document in enumerate(documents - 1):
     start = i * seq_len
-    tokens = stream.tokens[start : start + seq_len + 1]
+    tokens = stored[start : start + seq_len + 1]
     length = tokens.size - 1
     block = {
-      'tokens': _padded(tokens, seq_len + 1, eot),
+      'tokens': _padded(tokens, seq_len + 1, stored[0]),
       'length': length,
       'doc': stream.ids[document],
     }
-    if stream.weights is not None:
-      block['weights'] = _padded(stream.weights[start + 1 : start + 1 + length], seq_len, 0)
+    if weights is not None:
+      block['weights'] = _padded(weights[start + 1 : start + 1 + length], seq_len, 0)
     yield block
 
 
 def encode(
   documents: Iterable[Document], tokenizer: tokenizers.Tokenizer, stem: Path, max_bytes: int = 0
-) -> Stream:
+) -> tuple[Stream, np.ndarray]:
   """Encodes documents into a stream kept in files beside `stem`, so memory does not grow with it.
 
   Takes whole documents until `max_bytes` (0: no limit) are reached. A document's closing EOT has
   the weight of its last token.
+
+  Returns:
+    (stream, int64[256, 256]: how often each byte follows another within documents).
   """
   token_file, weight_file = stem.with_suffix('.tokens'), stem.with_suffix('.weights')
   starts, ids, position, num_bytes = [], [], 1, 0
@@ -141,14 +152,15 @@ def encode(
       num_bytes += raw.size
       if 0 < max_bytes <= num_bytes:
         break
-  return Stream(
-    tokens=_mapped(token_file, np.int32),
-    weights=None if weights_out is None else _mapped(weight_file, np.float32),
+  stream = Stream(
+    token_file=token_file,
+    weight_file=None if weights_out is None else weight_file,
+    num_tokens=position,
     starts=np.asarray(starts, np.int64),
     ids=ids,
     num_bytes=num_bytes,
-    bigrams=bigrams.reshape(256, 256),
   )
+  return stream, bigrams.reshape(256, 256)
 
 
 def bigram_floor(train: np.ndarray, validation: np.ndarray) -> float:
@@ -195,9 +207,11 @@ def _write(source: Source, data_config: Any, partial: Path) -> dict[str, Any]:
   scratch = partial / 'scratch'
   scratch.mkdir()
   streams: dict[str, list[Stream]] = {split: [] for split in source.splits}
+  floors: dict[str, float] = {}
   for i, domain in enumerate(tqdm(source.domains, desc='encoding', unit=' domains', disable=None)):
+    bigrams = {}
     for split in source.splits:
-      stream = encode(
+      stream, bigrams[split] = encode(
         source.documents(domain, split),
         tokenizer,
         scratch / f'{split}{i}',
@@ -205,6 +219,7 @@ def _write(source: Source, data_config: Any, partial: Path) -> dict[str, Any]:
       )
       _check(stream, domain, split, tokenizer)
       streams[split].append(stream)
+    floors[domain] = bigram_floor(bigrams['train'], bigrams['validation'])
   tfds.disable_progress_bar()  # ours says more than its three
   with contextlib.redirect_stdout(io.StringIO()):
     Blocks(
@@ -214,7 +229,7 @@ def _write(source: Source, data_config: Any, partial: Path) -> dict[str, Any]:
       vocab_size=tokenizer.vocab_size,
     ).download_and_prepare()
   shutil.rmtree(scratch)
-  return _meta(source, data_config, tokenizer, streams)
+  return _meta(source, data_config, tokenizer, streams, floors)
 
 
 def _meta(
@@ -222,6 +237,7 @@ def _meta(
   data_config: Any,
   tokenizer: tokenizers.Tokenizer,
   streams: dict[str, list[Stream]],
+  floors: dict[str, float],
 ) -> dict[str, Any]:
   """What is known of the prepared corpus; nothing in it depends on the machine or the time."""
 
@@ -240,20 +256,17 @@ def _meta(
       'sha256': tokenizer.fingerprint,
       'vocab_size': tokenizer.vocab_size,
     },
-    'weights': any(s.weights is not None for split in streams.values() for s in split),
+    'weights': any(s.weight_file is not None for split in streams.values() for s in split),
     'splits': {
       split: {
         'blocks': per_domain(split, lambda s: num_blocks(s, data_config.seq_len)),
         'documents': per_domain(split, lambda s: len(s.ids)),
-        'tokens': per_domain(split, lambda s: s.tokens.size - 1),
+        'tokens': per_domain(split, lambda s: s.num_tokens - 1),
         'bytes': per_domain(split, lambda s: s.num_bytes),
       }
       for split in streams
     },
-    'bigram_floor': {
-      domain: bigram_floor(train.bigrams, validation.bigrams)
-      for domain, train, validation in zip(source.domains, streams['train'], streams['validation'])
-    },
+    'bigram_floor': floors,
   }
 
 
@@ -275,7 +288,7 @@ def _check(stream: Stream, domain: str, split: str, tokenizer: tokenizers.Tokeni
       f"domain '{domain}' has no validation text; add {domain}.validation.jsonl, "
       'or leave the domain out with data.domains'
     )
-  counted = int(tokenizer.token_bytes[stream.tokens].sum())
+  counted = int(tokenizer.token_bytes[stream.tokens()].sum())
   if abs(counted - stream.num_bytes) > 0.01 * stream.num_bytes:
     raise UserError(
       f"data.tokenizer='{tokenizer.name}' loses text: its tokens stand for {counted:,} bytes "

@@ -33,6 +33,30 @@ def test_every_arm_gets_the_same_grid_then_its_best_rate_on_all_seeds(tmp_path):
   assert len(train.calls) == make_plan(tmp_path).num_units
 
 
+def test_an_arm_may_have_a_name_and_a_mixture(tmp_path):
+  arms = 'even:=uniform,dga:=uniform@mixture=dga:rate=0.2:every=10:target=qa+law,linupper:1.0'
+  plan = make_plan(tmp_path, arms, lrs='1e-3', seeds=1)
+  unit = plan.unit_config(plan.weightings[1], 1e-3, 0)
+  assert (unit.mixture.fn, unit.mixture.every) == ('dga', 10)
+  assert unit.mixture.target == ('qa', 'law')
+  assert unit.mixture.args.to_dict() == {'rate': 0.2}
+  board = compare.compare(plan, FakeTrain())
+  assert [arm.name for arm in board.arms] == ['even', 'dga', 'linupper:1.0']
+  assert all(run.path.name.startswith(f'{arm.name[:3]}') for arm in board.arms for run in arm.runs)
+  files.write_json(tmp_path / 'compare.json', compare.record(board))
+  assert [arm.name for arm in board_lib.load_board([tmp_path]).arms] == [
+    'even',
+    'dga',
+    'linupper:1.0',
+  ]
+
+
+def test_the_rate_may_be_picked_by_one_domain(tmp_path):
+  board = compare.compare(make_plan(tmp_path, metric=f'bpb/{DOMAINS[1]}'), FakeTrain())
+  text = verdict.board_text(board)
+  assert f'bits per byte of {DOMAINS[1]}' in text
+
+
 def test_only_weighting_rate_and_seed_differ_between_units(tmp_path):
   plan = make_plan(tmp_path)
   a, b = plan.unit_config('uniform', 1e-3, 0), plan.unit_config('linupper:1.0', 1e-2, 2)
@@ -191,6 +215,9 @@ def test_an_error_of_the_user_stops_everything(tmp_path):
     ({'weightings': 'uniform,uniform'}, "'uniform' is there twice"),
     ({'weightings': 'linupper,linupper:0.4'}, 'are the same arm'),
     ({'weightings': 'uniform,'}, 'empty entry'),
+    ({'weightings': 'a:=uniform,a:=linupper'}, "the name 'a' is empty or there twice"),
+    ({'weightings': 'uniform,uniform@mixture=dgaa:rate=1'}, "did you mean 'dga'"),
+    ({'weightings': 'uniform,uniform@mixture=dga:rate'}, 'write a method and its arguments'),
     ({'weightings': 'uniform,linuper:0.4'}, 'linuper'),
     ({'weightings': 'uniform,linupper:-1'}, 'positive temperature'),
     ({'lrs': ''}, "--lrs=''"),

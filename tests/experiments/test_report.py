@@ -114,7 +114,8 @@ def test_says_verdict_tier_floor_and_limits(html):
 
 def test_figures_are_written_beside_the_page(page):
   names = {path.stem for path in (page.parent / 'plots').glob('*.png')}
-  assert names == set(plots.FIGURES) - {'frontier'}  # these arms cost the same
+  # These arms cost the same and draw the same, and no alignment was read.
+  assert names == set(plots.FIGURES) - {'frontier', 'mixtures', 'epochs', 'alignment'}
   for path in (page.parent / 'plots').glob('*.png'):
     assert path.read_bytes().startswith(b'\x89PNG')
 
@@ -132,6 +133,34 @@ def test_arms_of_different_cost_have_a_frontier(tmp_path):
   board = board_lib.Board(tuple(arms), board.metric)
   assert plots.render(board, 'frontier', plots.LIGHT).startswith(b'\x89PNG')
   assert f'{others[0].name} 0.667' in ' '.join(verdict.board_text(board).split())
+
+
+def test_pictures_of_mixtures(tmp_path):
+  """Drawn where a mixture changed, where epochs differ and where an alignment was read."""
+  board = make_board(tmp_path, lrs='1e-3')
+  for arm, share in zip(board.arms, (0.25, 0.4)):
+    for run in arm.runs:
+      names = run.result['corpus']['domains']
+      result = files.read_json(run.path / 'result.json')
+      result['epochs'] = {name: share * (i + 1) for i, name in enumerate(names)}
+      files.write_json(run.path / 'result.json', result)
+      if share == 0.4:
+        rows = run.lines('metrics.jsonl')
+        vector = dict(zip(names, (0.4, 0.3, 0.2, 0.1)))
+        for row in rows:
+          if row['kind'] == 'train':
+            row['mixture'] = {'proportions': vector, 'objective': vector, 'noise': 1.0}
+        write_jsonl(run.path / 'metrics.jsonl', rows)
+  cosines = [[1.0 if i == j else 0.3 for j in range(4)] for i in range(4)]
+  read = {'domains': names, 'cosines': cosines, 'inner': cosines, 'blocks': 2, 'step': 10}
+  files.write_json(board.arms[1].runs[0].path / board_lib.ALIGNMENT, read)
+  board = board_lib.load_board([tmp_path])
+  for name in ('mixtures', 'epochs', 'alignment'):
+    for theme in (plots.LIGHT, plots.DARK):
+      assert plots.render(board, name, theme).startswith(b'\x89PNG')
+  text = report.write(board, tmp_path, hostile).read_text(encoding='utf-8')
+  for title in ('How the mixture changed', 'Epochs consumed', 'Which domains pull alike'):
+    assert title in text
 
 
 @pytest.mark.parametrize('missing', ['metrics.jsonl', 'examples.jsonl', 'config.json'])
