@@ -29,6 +29,15 @@ from jaxrw.mixtures.planner import (
   state_from_dict,
   state_to_dict,
 )
+from jaxrw.mixtures.projection import (
+  MixtureResponse,
+  fit_mixture_response,
+  improve_mixture,
+  performance_gradient,
+  predict_performance,
+  project_log,
+  transport_mixture_gradient,
+)
 from jaxrw.mixtures.stage import MixingState, domain_signals, mixing
 from jaxrw.mixtures.static import (
   basis_mixture,
@@ -53,17 +62,18 @@ from jaxrw.mixtures.utility import (
 )
 
 __all__ = [
-  'WALLS',
   'ADOState',
   'AioliState',
   'AveragedState',
   'MixingState',
   'Mixture',
+  'MixtureResponse',
   'Plan',
   'Planner',
   'PlannerState',
   'PowerLaw',
   'RepeatedDataFit',
+  'WALLS',
   'ado',
   'aioli',
   'aioli_measures',
@@ -78,16 +88,21 @@ __all__ = [
   'doremi',
   'excess_losses',
   'exponentiated_step',
+  'fit_mixture_response',
   'fit_power_law',
   'fit_repeated_data_error',
   'fixed',
   'group_dro_mixture',
   'importance_mixture',
+  'improve_mixture',
   'learning_potential',
   'mixed_pools',
   'mixing',
   'normalize_interactions',
   'odm',
+  'performance_gradient',
+  'predict_performance',
+  'project_log',
   'repeated_data_error',
   'repetition_weights',
   'scalarization_weights',
@@ -100,5 +115,6 @@ __all__ = [
   'state_to_dict',
   'stratified',
   'temperature_probs',
+  'transport_mixture_gradient',
   'unimax_probs',
 ]

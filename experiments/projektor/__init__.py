@@ -1,0 +1,1 @@
+"""Performance of mixtures predicted from small pilots and transport distances: see README.md."""
