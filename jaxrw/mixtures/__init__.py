@@ -10,6 +10,7 @@ from jaxrw.mixtures.aioli import (
   solve_interactions,
 )
 from jaxrw.mixtures.core import Mixture
+from jaxrw.mixtures.odm import odm
 from jaxrw.mixtures.online import (
   AveragedState,
   average_proportions,
@@ -19,7 +20,6 @@ from jaxrw.mixtures.online import (
   excess_losses,
   exponentiated_step,
   group_dro_mixture,
-  odm,
 )
 from jaxrw.mixtures.planner import (
   Plan,
@@ -37,6 +37,17 @@ from jaxrw.mixtures.projection import (
   predict_performance,
   project_log,
   transport_mixture_gradient,
+)
+from jaxrw.mixtures.regression import (
+  MixingLaw,
+  best_mixture,
+  decision_accuracy,
+  expand_reuse,
+  fit_mixing_law,
+  predict_losses,
+  repetition_subsample,
+  sample_mixtures,
+  spearman,
 )
 from jaxrw.mixtures.stage import MixingState, domain_signals, mixing
 from jaxrw.mixtures.static import (
@@ -62,9 +73,11 @@ from jaxrw.mixtures.utility import (
 )
 
 __all__ = [
+  'WALLS',
   'ADOState',
   'AioliState',
   'AveragedState',
+  'MixingLaw',
   'MixingState',
   'Mixture',
   'MixtureResponse',
@@ -73,21 +86,24 @@ __all__ = [
   'PlannerState',
   'PowerLaw',
   'RepeatedDataFit',
-  'WALLS',
   'ado',
   'aioli',
   'aioli_measures',
   'average_proportions',
   'basis_mixture',
+  'best_mixture',
   'best_prefix',
   'cooldown',
+  'decision_accuracy',
   'dense_cooldown',
   'dga',
   'doge',
   'domain_signals',
   'doremi',
   'excess_losses',
+  'expand_reuse',
   'exponentiated_step',
+  'fit_mixing_law',
   'fit_mixture_response',
   'fit_power_law',
   'fit_repeated_data_error',
@@ -101,16 +117,20 @@ __all__ = [
   'normalize_interactions',
   'odm',
   'performance_gradient',
+  'predict_losses',
   'predict_performance',
   'project_log',
   'repeated_data_error',
+  'repetition_subsample',
   'repetition_weights',
+  'sample_mixtures',
   'scalarization_weights',
   'scheduled',
   'second_moment_ratio',
   'shuffled_index',
   'smoothed_one_hot',
   'solve_interactions',
+  'spearman',
   'state_from_dict',
   'state_to_dict',
   'stratified',

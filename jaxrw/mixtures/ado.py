@@ -26,14 +26,13 @@ import optax
 
 from jaxrw import masked
 from jaxrw.core import check_positive, declare
+from jaxrw.mixtures._minimize import minimize
+from jaxrw.mixtures._moves import acting, check_share, choose, signal, starting
 from jaxrw.mixtures._simplex import Vector, check_drawn
 from jaxrw.mixtures.core import Mixture, Mode
-from jaxrw.mixtures.online import _check_share, _first, _if, _signal, _views
 
 _PAPER = 'Jiang et al., Adaptive Data Optimization, ICLR 2025 (arXiv 2410.11820)'
 _FEWEST_POINTS = 30  # fewer do not determine three parameters under noise
-_TOLERANCE = 1e-5  # of the gradient's norm (official)
-_LINE_SEARCH = 10  # steps; all starts wait for the longest, and 20 reached the same minima
 
 
 class PowerLaw(NamedTuple):
@@ -137,7 +136,7 @@ def fit_power_law(
   lowest_floor = 0.0 if walls is None else np.exp(walls[0].log_floor)
   start = functools.partial(_least_squares, x, losses, count, lowest_floor)
   starts = jax.vmap(start)(jnp.asarray(grid, losses.dtype))
-  points, values = jax.vmap(lambda point: _minimize(objective, point, max_iterations))(starts)
+  points, values = jax.vmap(lambda point: minimize(objective, point, max_iterations))(starts)
   best = jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))
   law = law_of(points[best])
   return PowerLaw(*(jnp.where(jnp.isfinite(values[best]), p, jnp.nan) for p in law)), values[best]
@@ -273,10 +272,10 @@ def ado(
   official_code; ours are the history and the starts of the fit (see the module and
   `fit_power_law`), ignore=500 and the 30 points.
   """
-  first = _first(prior, num_domains, 'prior')
+  first = starting(prior, num_domains, 'prior')
   check_positive(fit_every=fit_every, thinning=thinning, max_iterations=max_iterations)
-  _check_share(credit_decay, 'credit_decay')
-  _check_share(mix, 'mix')
+  check_share(credit_decay, 'credit_decay')
+  check_share(mix, 'mix')
   if not 0 <= floor * num_domains < 1:
     raise ValueError(
       f'floor={floor} for {num_domains} domains must be at least 0 and below 1 / {num_domains}: at '
@@ -287,8 +286,8 @@ def ado(
   if capacity < 2 * _FEWEST_POINTS or capacity % 2:
     raise ValueError(f'capacity={capacity} must be even and at least {2 * _FEWEST_POINTS}')
   if mode == 'weigh':
-    check_drawn(_first(sampled, num_domains, 'sampled'), first, 'sampled', 'prior')
-  views = _views(mode, sampled, first, 0.0, lambda state: state.probs)
+    check_drawn(starting(sampled, num_domains, 'sampled'), first, 'sampled', 'prior')
+  views = acting(mode, sampled, first, 0.0, lambda state: state.probs)
   counters = num_domains if own_counts else 1
 
   def init():
@@ -322,7 +321,7 @@ def ado(
     examples = jnp.broadcast_to(history.examples, history.losses.shape)
     new, _ = jax.vmap(fit, in_axes=(1, 1, None))(examples, history.losses, mask)
     fine = jnp.all(jnp.isfinite(jnp.stack(new)))
-    return _if(fine, new, law), fits + fine
+    return choose(fine, new, law), fits + fine
 
   def policy(law, examples, credit):
     credit = jnp.maximum(credit, jnp.finfo(credit.dtype).tiny)  # a long absence is no end
@@ -332,15 +331,15 @@ def ado(
     return rho / jnp.sum(rho)
 
   def update(state, *, step, domain_losses, domain_counts, **_):
-    losses = _signal(domain_losses, num_domains, 'domain_losses')
-    counts = _signal(domain_counts, num_domains, 'domain_counts')
+    losses = signal(domain_losses, num_domains, 'domain_losses')
+    counts = signal(domain_counts, num_domains, 'domain_counts')
     present, size = counts > 0, jnp.sum(counts)
     usable = jnp.all(jnp.isfinite(losses) | ~present) & jnp.isfinite(size) & (size > 0)
 
     unseen = jnp.where(state.updates == 0, masked.mean(losses, counts), state.last)
     last = jnp.where(present, losses, unseen)
     examples, rest = _add(state.examples, state.rest, counts if own_counts else size)
-    history = _if(step >= ignore, _record(state.history, last, examples), state.history)
+    history = choose(step >= ignore, _record(state.history, last, examples), state.history)
     credit = credit_decay * state.credit + (1 - credit_decay) * counts / size
 
     due = usable & (step >= start_step) & (step % fit_every == 0)
@@ -353,7 +352,7 @@ def ado(
     updates = state.updates + 1
     mean = state.mean + (rho - state.mean) / updates
     new = ADOState(probs, mean, credit, law, fits, updates, last, examples, rest, history)
-    return _if(usable, new, state)
+    return choose(usable, new, state)
 
   return Mixture(init, update, *views)
 
@@ -379,30 +378,6 @@ def _least_squares(x, losses, count, lowest_floor, exponent):
   return jnp.stack([jnp.log(above), exponent, jnp.log(floor)])
 
 
-def _minimize(objective, start, max_iterations):
-  """L-BFGS until the gradient is small: (point, value). NaN ends it, too."""
-  optimizer = optax.lbfgs(
-    memory_size=4,  # more than the parameters only makes compilation longer
-    linesearch=optax.scale_by_zoom_linesearch(_LINE_SEARCH, initial_guess_strategy='one'),
-  )
-  value_and_grad = optax.value_and_grad_from_state(objective)
-
-  def goes_on(carry):
-    _, _, size, iteration = carry
-    return (iteration < max_iterations) & (size > _TOLERANCE)
-
-  def move(carry):
-    point, state, _, iteration = carry
-    value, grad = value_and_grad(point, state=state)
-    step, state = optimizer.update(grad, state, point, value=value, grad=grad, value_fn=objective)
-    return point + step, state, optax.tree.norm(grad), iteration + 1
-
-  infinite = jnp.asarray(jnp.inf, start.dtype)
-  carry = start, optimizer.init(start), infinite, 0
-  point, *_ = jax.lax.while_loop(goes_on, move, carry)
-  return point, objective(point)
-
-
 def _add(total, rest, more):
   """Kahan's sum: beyond 2^24 examples, float32 would swallow small batches."""
   more = more - rest
@@ -425,7 +400,7 @@ def _record(history, losses, examples):
     return jnp.concatenate([pairs, jnp.zeros_like(pairs)])
 
   full = filled == capacity
-  losses, examples = _if(full, tuple(map(merged, rows)), rows)
+  losses, examples = choose(full, tuple(map(merged, rows)), rows)
   return History(
     losses,
     examples,

@@ -28,18 +28,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrw.core import at_step, declare
+from jaxrw.mixtures._moves import (
+  Rate,
+  check_rate,
+  check_share,
+  choose,
+  log_shares,
+  log_step,
+  signal,
+  starting,
+)
 from jaxrw.mixtures._simplex import Vector, check_domains
 from jaxrw.mixtures.core import Mixture
-from jaxrw.mixtures.online import (
-  Rate,
-  _check_rate,
-  _check_share,
-  _first,
-  _if,
-  _log,
-  _log_step,
-  _signal,
-)
 
 _AIOLI = 'Chen et al., Aioli, ICLR 2025 (arXiv 2411.05735)'
 _LARGEST_CONDITION = 1e6  # beyond it float32 has no digit of the answer left
@@ -75,7 +75,7 @@ def smoothed_one_hot(num_domains: int, share: float | jax.Array) -> jax.Array:
   Source: Chen et al., Aioli, ICLR 2025 (arXiv 2411.05735). Provenance: official_code.
   """
   check_domains(num_domains)
-  _check_share(share, 'share')
+  check_share(share, 'share')
   if num_domains == 1:
     return jnp.ones((1, 1), jnp.float32)
   others = (1 - share) / (num_domains - 1)
@@ -268,7 +268,7 @@ def aioli(
   entries of A, signals that are not finite, `start` with ema=None, `diagonal` at share 1 (where the
   official code ignores it).
   """
-  _check_rate(rate)
+  check_rate(rate)
   first, length = _schedule(
     num_domains, round_steps, rounds_of_bursts, burst_steps, lag, warmup_steps
   )
@@ -278,8 +278,8 @@ def aioli(
       'the same, and at most 1'
     )
   if ema is not None:
-    _check_share(ema, 'ema')
-  initial = _first(start, num_domains)
+    check_share(ema, 'ema')
+  initial = starting(start, num_domains)
   mixtures = smoothed_one_hot(num_domains, share)
 
   def burst_domain(round_index, burst):
@@ -292,7 +292,7 @@ def aioli(
   def init():
     size = (num_domains, num_domains)
     return AioliState(
-      _log(initial),
+      log_shares(initial),
       jnp.zeros(size, jnp.float32),
       jnp.zeros(num_domains, jnp.float32),
       jnp.zeros(size, jnp.float32),
@@ -312,12 +312,12 @@ def aioli(
       known = jnp.any(state.interactions > 0)  # what is normalized sums to 1
       measured = jnp.where(known, (1 - ema) * measured + ema * state.interactions, measured)
     now = at_step(rate, state.step, 'rate')
-    log_weights = _log_step(origin, jnp.sum(measured, axis=0), now, 0.0)
+    log_weights = log_step(origin, jnp.sum(measured, axis=0), now, 0.0)
     new = state._replace(log_weights=log_weights, interactions=measured)
-    return _if(jnp.all(jnp.isfinite(measured)), new, state)
+    return choose(jnp.all(jnp.isfinite(measured)), new, state)
 
   def update(state, *, step, domain_eval_losses, **_):
-    losses = _signal(domain_eval_losses, num_domains, 'domain_eval_losses')
+    losses = signal(domain_eval_losses, num_domains, 'domain_eval_losses')
     done = jnp.asarray(step, jnp.int32) + 1 - first
     position = done % round_steps
     used = _evaluated(done, round_steps, burst_steps, length)

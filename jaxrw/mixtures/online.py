@@ -8,13 +8,11 @@
   | doge              | lr times the same / mean gradient norm, in [0, 5 lr]      | loss          |
   | doremi            | mean over tokens of max(loss - reference loss, 0)         | loss          |
   | group_dro_mixture | L_g, the mean loss                                        | loss          |
-  | odm               | (not a step from the last alpha:) softmax of averaged     | sampling      |
-  |                   | loss / probability, plus exploration: the Exp3 bandit     |               |
 
 `mode` overrides the last column where both make sense: 'sample' gives q = p = alpha, 'weigh' keeps
 q = `sampled` and gives p = alpha.
 
-All but odm keep shares as logarithms, so a domain that fell to exp(-300) can come back; and a share
+Shares are kept as logarithms, so a domain that fell to exp(-300) can come back; and a share
 of exactly 0 stays 0 without a floor, whatever its signal holds. If a signal of a domain with a
 share is NaN or inf, `update` returns the state as it was: one bad batch, which a trainer may skip,
 must not end the mixture. Log the signals themselves to see that it happened.
@@ -22,26 +20,33 @@ must not end the mixture. Log the signals themselves to see that it happened.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxrw import diagnostics, masked
 from jaxrw.core import at_step, check_positive, check_range, declare
-from jaxrw.mixtures._simplex import Vector, check_domains, check_drawn, normalized, on_simplex
-from jaxrw.mixtures.core import Mixture, Mode, check_mode
-
-Rate = float | jax.Array | Callable[[Any], Any]
-State = TypeVar('State')
+from jaxrw.mixtures._moves import (
+  Rate,
+  acting,
+  check_rate,
+  check_share,
+  choose,
+  log_mix,
+  log_shares,
+  log_step,
+  signal,
+  starting,
+  usable,
+)
+from jaxrw.mixtures._simplex import Vector, on_simplex
+from jaxrw.mixtures.core import Mixture, Mode
 
 _DGA = 'Dynamic Gradient Alignment for Online Data Mixing (arXiv 2410.02498)'
 _DOGE = 'Fan et al., DoGE, ICML 2024 (arXiv 2310.15393)'
 _DOREMI = 'Xie et al., DoReMi, NeurIPS 2023 (arXiv 2305.10429)'
 _DRO = 'Sagawa et al., Distributionally Robust Neural Networks, ICLR 2020 (arXiv 1911.08731)'
-_ODM = 'Albalak et al., Efficient Online Data Mixing (arXiv 2312.02406)'
 
 
 def exponentiated_step(
@@ -77,15 +82,15 @@ def exponentiated_step(
   Source: exponentiated gradient (Kivinen and Warmuth 1997), textbook form. That the methods of this
   module share it: Chen et al., Aioli, ICLR 2025 (arXiv 2411.05735). Provenance: reconstructed.
   """
-  _check_rate(rate)
-  _check_share(floor, 'floor')
+  check_rate(rate)
+  check_share(floor, 'floor')
   on_simplex(alpha, 'alpha')
   alpha = jnp.asarray(alpha)
   alpha = alpha.astype(jnp.promote_types(jnp.float32, alpha.dtype))
   score = jnp.asarray(score, alpha.dtype)
   if score.shape != alpha.shape:
     raise ValueError(f'score has shape {score.shape}, alpha {alpha.shape}; they must agree')
-  return jnp.exp(_log_step(jnp.log(alpha), score, rate, floor))
+  return jnp.exp(log_step(jnp.log(alpha), score, rate, floor))
 
 
 def excess_losses(
@@ -219,35 +224,37 @@ def dga(
   Provenance: reconstructed without the paper's formulas at hand; the form of the average is as we
   remember it, and which vector the step starts from is not settled, hence `ema_feedback`.
   """
-  _check_rate(rate)
-  _check_share(floor, 'floor')
+  check_rate(rate)
+  check_share(floor, 'floor')
   if ema is not None:
-    _check_share(ema, 'ema')
+    check_share(ema, 'ema')
   if every < 1:
     raise ValueError(f'every={every} must be at least 1; 1 updates at every step')
   if normalize not in ('none', 'cosine', 'mean_norm'):
     raise ValueError(f"normalize={normalize!r} must be 'none', 'cosine' or 'mean_norm'")
-  first = _first(start, num_domains)
-  views = _views(mode, sampled, first, floor, lambda state: jnp.exp(state.log_alpha))
+  first = starting(start, num_domains)
+  views = acting(mode, sampled, first, floor, lambda state: jnp.exp(state.log_alpha))
 
   def init():
-    return DGAState(_log(first), _log(first))  # two arrays: one could not be donated twice
+    return DGAState(
+      log_shares(first), log_shares(first)
+    )  # two arrays: one could not be donated twice
 
   def update(state, *, step, domain_alignment, **signals):
-    score = _signal(domain_alignment, num_domains, 'domain_alignment')
+    score = signal(domain_alignment, num_domains, 'domain_alignment')
     if normalize != 'none':
       needed = _needed(signals, 'domain_grad_norms', normalize)
-      norms = _signal(needed, num_domains, 'domain_grad_norms')
+      norms = signal(needed, num_domains, 'domain_grad_norms')
       if normalize == 'cosine':
         norms = norms * _needed(signals, 'target_grad_norm', normalize)
       else:
         norms = jnp.mean(norms)
       score = _by_norm(score, norms)
     origin = state.log_alpha if ema_feedback else state.log_instant
-    instant = _log_step(origin, score, at_step(rate, step, 'rate'), floor)
-    log_alpha = instant if ema is None else _log_mix(state.log_alpha, instant, ema)
+    instant = log_step(origin, score, at_step(rate, step, 'rate'), floor)
+    log_alpha = instant if ema is None else log_mix(state.log_alpha, instant, ema)
     due = step % every == 0
-    return _if(due & _usable(score, origin), DGAState(log_alpha, instant), state)
+    return choose(due & usable(score, origin), DGAState(log_alpha, instant), state)
 
   return Mixture(init, update, *views)
 
@@ -302,12 +309,12 @@ def doge(
   Source: Fan et al., DoGE, ICML 2024 (arXiv 2310.15393). Provenance: official_code, a later fork of
   it, but for domains that were not measured.
   """
-  _check_rate(learning_rate, 'learning_rate')
+  check_rate(learning_rate, 'learning_rate')
   check_positive(mu=mu, clip=clip)
 
   def new_scores(state, *, step, domain_alignment, domain_grad_norms, **_):
-    products = _signal(domain_alignment, num_domains, 'domain_alignment')
-    norms = _signal(domain_grad_norms, num_domains, 'domain_grad_norms')
+    products = signal(domain_alignment, num_domains, 'domain_alignment')
+    norms = signal(domain_grad_norms, num_domains, 'domain_grad_norms')
     lr, measured = at_step(learning_rate, step, 'learning_rate'), norms != 0
     size = masked.mean(norms, measured.astype(norms.dtype))
     score = lr * _by_norm(products, size + 1e-6)
@@ -368,12 +375,12 @@ def doremi(
 
   Source: Xie et al., DoReMi, NeurIPS 2023 (arXiv 2305.10429). Provenance: official_code.
   """
-  _check_rate(rate)
-  _check_share(smoothing, 'smoothing')
+  check_rate(rate)
+  check_share(smoothing, 'smoothing')
 
   def new_scores(state, *, step, domain_excess, domain_counts, **_):
-    present = _signal(domain_counts, num_domains, 'domain_counts') > 0
-    return jnp.where(present, _signal(domain_excess, num_domains, 'domain_excess'), state.scores)
+    present = signal(domain_counts, num_domains, 'domain_counts') > 0
+    return jnp.where(present, signal(domain_excess, num_domains, 'domain_excess'), state.scores)
 
   return _averaged(new_scores, rate, num_domains, initial_score, 1, smoothing, mode, sampled, start)
 
@@ -424,122 +431,31 @@ def group_dro_mixture(
   Source: Sagawa et al., Distributionally Robust Neural Networks, ICLR 2020 (arXiv 1911.08731).
   Provenance: official_code; floor and mode are ours.
   """
-  _check_rate(rate)
-  _check_share(floor, 'floor')
-  first = _first(start, num_domains)
+  check_rate(rate)
+  check_share(floor, 'floor')
+  first = starting(start, num_domains)
 
   def update(log_alpha, *, step, domain_losses, domain_counts, **_):
-    present = _signal(domain_counts, num_domains, 'domain_counts') > 0
-    score = jnp.where(present, _signal(domain_losses, num_domains, 'domain_losses'), 0)
-    moved = _log_step(log_alpha, score, at_step(rate, step, 'rate'), floor)
-    return _if(_usable(score, log_alpha), moved, log_alpha)
+    present = signal(domain_counts, num_domains, 'domain_counts') > 0
+    score = jnp.where(present, signal(domain_losses, num_domains, 'domain_losses'), 0)
+    moved = log_step(log_alpha, score, at_step(rate, step, 'rate'), floor)
+    return choose(usable(score, log_alpha), moved, log_alpha)
 
-  return Mixture(lambda: _log(first), update, *_views(mode, sampled, first, floor, jnp.exp))
-
-
-# A bandit -----------------------------------------------------------------------------------------
+  return Mixture(lambda: log_shares(first), update, *acting(mode, sampled, first, floor, jnp.exp))
 
 
-class ODMState(NamedTuple):
-  """Of `odm`."""
-
-  rewards: jax.Array  # float32[G], R
-  probs: jax.Array  # float32[G], pi
-
-
-@declare('absolute', 'example', 'reconstructed', _ODM)
-def odm(num_domains: int, decay: float = 0.9, gain: float = 0.1) -> Mixture:
-  """Online Data Mixing: the Exp3 bandit, whose reward for sampling a domain is its loss.
-
-    R_g  <- decay * R_g + gain * L_g / pi_g      for the domains sampled in the step
-    pi   <- (1 - G eps_t) softmax(eps_{t-1} R) + eps_t,   eps_t = min(1 / G, sqrt(ln G / (G t)))
-
-  with t = step + 1. Dividing by pi makes up for how seldom a domain is seen. eps_t is exploration,
-  so no domain falls below it; pi is uniform as long as t <= G ln G.
-
-  The update needs the signals `domain_losses` and `domain_counts`, float[G]. A domain with count 0
-  keeps its R. pi is the one in the state: with a pipeline that plans some steps ahead, the batch
-  was drawn by a slightly older one. It only acts through sampling, so there is no `mode`.
-
-  Args:
-    num_domains: G.
-    decay: in [0, 1]. 1 is Exp3's own sum; the official code's Exp3 is decay 1, gain 0.1.
-    gain: > 0, the scale of the rewards.
-
-  Returns:
-    A `Mixture` with an `ODMState`.
-
-  Raises:
-    ValueError: an argument out of its range.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> mixture = odm(2)
-    >>> state = mixture.init()
-    >>> for step in range(100):
-    ...   state = mixture.update(
-    ...       state, step=step,
-    ...       domain_losses=jnp.array([4.0, 2.0]), domain_counts=jnp.array([8.0, 8.0]))
-    >>> [round(float(x), 3) for x in mixture.proportions(state)]
-    [0.54, 0.46]
-
-  Source: Albalak et al., Efficient Online Data Mixing (arXiv 2312.02406). Provenance: reconstructed
-  from a description of the averaged form; eps and pi as in the official code. Its own averaged
-  variant is another one: exp(loss), without dividing by pi.
-  """
-  check_domains(num_domains)
-  _check_share(decay, 'decay')
-  check_positive(gain=gain)
-
-  def exploration(t):
-    # 1 / G is the smaller one at t = 1 already, so t = 0 needs no case of its own.
-    bound = jnp.sqrt(np.log(num_domains) / (num_domains * jnp.maximum(t, 1.0)))
-    return jnp.minimum(1 / num_domains, bound)
-
-  def init():
-    return ODMState(
-      jnp.zeros(num_domains, jnp.float32), jnp.full(num_domains, 1 / num_domains, jnp.float32)
-    )
-
-  def update(state, *, step, domain_losses, domain_counts, **_):
-    losses = _signal(domain_losses, num_domains, 'domain_losses')
-    present = _signal(domain_counts, num_domains, 'domain_counts') > 0
-    moved = decay * state.rewards + gain * losses / state.probs
-    rewards = jnp.where(present, moved, state.rewards)
-    now, before = exploration(step + 1), exploration(step)
-    probs = (1 - num_domains * now) * jax.nn.softmax(before * rewards) + now
-    return _if(jnp.all(jnp.isfinite(rewards)), ODMState(rewards, probs), state)
-
-  view = lambda state: state.probs
-  return Mixture(init, update, view, view)
-
-
-# Shared -------------------------------------------------------------------------------------------
-
-
-def _log_step(log_alpha, score, rate, floor):
-  """Logarithm of `exponentiated_step`, from the logarithm of alpha."""
-  alive = log_alpha > -jnp.inf
-  # Only differences count, and those of close floats are exact.
-  score = score - jnp.max(jnp.where(alive, score, -jnp.inf))
-  moved = jax.nn.log_softmax(jnp.where(alive, log_alpha + rate * score, -jnp.inf))
-  return _log_mix(moved, -np.log(log_alpha.size), floor)
-
-
-def _log_mix(log_a, log_b, share):
-  """log((1 - share) a + share b); exactly log a at share 0 and log b at 1."""
-  return jnp.logaddexp(jnp.log1p(-share) + log_a, jnp.log(share) + log_b)
+# Shared by these methods -----------------------------------------------------------------------
 
 
 def _averaged(new_scores, rate, num_domains, initial, terms, floor, mode, sampled, start):
   """A step by scores that are remembered, and the mean of alpha; `terms` is 1 if the first alpha
   is in the mean, else 0."""
-  _check_share(floor, 'floor')
-  first = _first(start, num_domains)
+  check_share(floor, 'floor')
+  first = starting(start, num_domains)
 
   def init():
     return AveragedState(
-      _log(first),
+      log_shares(first),
       jnp.full(num_domains, initial, jnp.float32),
       jnp.array(first),
       jnp.array(terms, jnp.int32),
@@ -547,62 +463,15 @@ def _averaged(new_scores, rate, num_domains, initial, terms, floor, mode, sample
 
   def update(state, *, step, **signals):
     scores = new_scores(state, step=step, **signals)
-    log_alpha = _log_step(state.log_alpha, scores, at_step(rate, step, 'rate'), floor)
+    log_alpha = log_step(state.log_alpha, scores, at_step(rate, step, 'rate'), floor)
     terms = state.terms + 1
     mean = state.mean + (jnp.exp(log_alpha) - state.mean) / terms
     kept = jnp.where(jnp.isfinite(scores), scores, state.scores)  # of a domain without a share
     new = AveragedState(log_alpha, kept, mean, terms)
-    return _if(_usable(scores, state.log_alpha), new, state)
+    return choose(usable(scores, state.log_alpha), new, state)
 
-  views = _views(mode, sampled, first, floor, lambda state: jnp.exp(state.log_alpha))
+  views = acting(mode, sampled, first, floor, lambda state: jnp.exp(state.log_alpha))
   return Mixture(init, update, *views)
-
-
-def _views(mode, sampled, first, floor, alpha_of):
-  """(proportions, objective) of a mixture whose state holds alpha, at first `first`."""
-  check_mode(mode)
-  if mode == 'sample':
-    if sampled is not None:
-      raise ValueError("sampled is what mode='weigh' draws with: set that mode or leave it out")
-    return alpha_of, alpha_of
-  q = _first(sampled, first.size, 'sampled')
-  check_drawn(q, first + floor / first.size, 'sampled', 'start, with its floor,')
-  return lambda state: jnp.asarray(q), alpha_of
-
-
-def _first(shares: Vector | None, num_domains: int, name: str = 'start') -> np.ndarray | jax.Array:
-  """Shares as float32[G], uniform for None."""
-  check_domains(num_domains)
-  array = normalized(np.ones(num_domains) if shares is None else shares, name)
-  if array.size != num_domains:
-    raise ValueError(f'{name} has {array.size} entries; expected one for each of {num_domains}')
-  return array
-
-
-def _if(condition: jax.Array, new: State, old: State) -> State:
-  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
-
-
-def _usable(score, log_alpha):
-  """Whether the scores of all domains with a share are finite."""
-  return jnp.all(jnp.isfinite(score) | (log_alpha == -jnp.inf))
-
-
-def _log(shares) -> jax.Array:
-  return jnp.log(jnp.asarray(shares, jnp.float32))
-
-
-def _by_norm(products, norms):
-  """products / norms, 0 for a norm of 0; NaN where the norm is not finite, since x / inf would
-  pass for a measurement."""
-  return jnp.where(jnp.isfinite(norms), masked.divide(products, norms), jnp.nan)
-
-
-def _signal(values, num_domains: int, name: str) -> jax.Array:
-  values = jax.lax.stop_gradient(jnp.asarray(values, jnp.float32))
-  if values.shape != (num_domains,):
-    raise ValueError(f'{name} has shape {values.shape}; expected ({num_domains},), one per domain')
-  return values
 
 
 def _needed(signals, name: str, normalize: str):
@@ -611,11 +480,7 @@ def _needed(signals, name: str, normalize: str):
   return signals[name]
 
 
-def _check_rate(rate: Any, name: str = 'rate') -> None:
-  if isinstance(rate, (int, float)) and not 0 <= rate < np.inf:
-    raise ValueError(f'{name}={rate} must be finite and at least 0; for the opposite negate scores')
-
-
-def _check_share(share: Any, name: str) -> None:
-  if isinstance(share, (int, float)) and not 0 <= share <= 1:
-    raise ValueError(f'{name}={share} must be from 0 to 1')
+def _by_norm(products, norms):
+  """products / norms, 0 for a norm of 0; NaN where the norm is not finite, since x / inf would
+  pass for a measurement."""
+  return jnp.where(jnp.isfinite(norms), masked.divide(products, norms), jnp.nan)

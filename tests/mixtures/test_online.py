@@ -13,7 +13,7 @@ from scipy import optimize
 import jaxrw
 from experiments import compiled
 from jaxrw import gradients
-from jaxrw.mixtures import online
+from jaxrw.mixtures import odm, online
 
 _eg = jax.jit(online.exponentiated_step)
 _excess = jax.jit(online.excess_losses, static_argnums=4)
@@ -476,7 +476,7 @@ def test_a_domain_that_fell_far_behind_can_come_back():
 @pytest.mark.parametrize(('decay', 'gain', 'size'), [(0.9, 0.1, 4), (1.0, 0.1, 3), (0.5, 2.0, 1)])
 def test_odm_in_a_loop(decay, gain, size):
   rng = np.random.default_rng(15)
-  mixture = online.odm(size, decay, gain)
+  mixture = odm(size, decay, gain)
   steps = 30
   signals = []
   for _ in range(steps):
@@ -499,7 +499,7 @@ def test_odm_in_a_loop(decay, gain, size):
 def test_odm_estimates_rewards_without_bias_whatever_it_samples():
   """One domain a step, drawn from pi: the sum of loss / pi has the sum of losses as its mean."""
   steps, seeds, losses = 60, 4000, jnp.array([3.0, 2.0, 1.0])
-  mixture = online.odm(3, decay=1.0, gain=1.0)
+  mixture = odm(3, decay=1.0, gain=1.0)
 
   def one(key):
     def step(state, t):
@@ -551,7 +551,7 @@ METHODS = {
     lambda n, **k: online.group_dro_mixture(n, 0.3, **k),
     lambda rng: counted(rng, 'domain_losses'),
   ),
-  'odm': (lambda n: online.odm(n), lambda rng: counted(rng, 'domain_losses')),
+  'odm': (lambda n: odm(n), lambda rng: counted(rng, 'domain_losses')),
 }
 USED = {
   'dga': ('domain_alignment',),
@@ -716,9 +716,9 @@ def test_errors_name_the_signal(name):
     (lambda: online.doremi(3, sampled=[1, 0, 0], start=[1, 0, 0]), r'sampled\[1\]=0'),
     (lambda: online.group_dro_mixture(3, np.nan), 'rate=nan'),
     (lambda: online.group_dro_mixture(0), 'num_domains=0'),
-    (lambda: online.odm(0), 'num_domains=0'),
-    (lambda: online.odm(3, decay=1.2), 'decay=1.2'),
-    (lambda: online.odm(3, gain=0.0), 'gain=0.0'),
+    (lambda: odm(0), 'num_domains=0'),
+    (lambda: odm(3, decay=1.2), 'decay=1.2'),
+    (lambda: odm(3, gain=0.0), 'gain=0.0'),
   ],
 )
 def test_factories_refuse(make, message):
