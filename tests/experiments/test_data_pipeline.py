@@ -1,6 +1,8 @@
 """Batches are the same on any number of processes and resume exactly."""
 
 import json
+import os
+import threading
 import time
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from experiments.data import pipeline
 from experiments.data.corpus import open_corpus
 from experiments.errors import UserError
-from tests.experiments.fake_data import data_config, write_corpus, write_jsonl
+from tests.experiments.fake_data import data_config, words, write_corpus, write_jsonl
 
 SHARES = np.array([0.5, 0.3, 0.2])
 
@@ -189,6 +191,49 @@ def test_weights_reach_the_training_batch_only(tmp_path):
   np.testing.assert_array_equal(batch['weights'], 3 * batch['base'])
   (evaluation,) = pipeline.eval_batches(corpus, split='validation', batch_size=32)
   assert 'weights' not in evaluation
+
+
+def test_many_domains_need_few_files_threads_and_bytes(tmp_path):
+  """300 domains, prepared and read with another mixture in every step: as many open files and
+  threads as three, and no state that grows with domains but a few numbers each."""
+  folder = tmp_path / 'text'
+  folder.mkdir()
+  for i in range(300):
+    for split in ('train', 'validation'):
+      (folder / f'd{i:03d}.{split}.jsonl').write_text(json.dumps({'text': words(i, 30)}) + '\n')
+  count = lambda: (len(os.listdir('/proc/self/fd')), threading.active_count())
+  files_before, threads_before = count()
+  corpus = open_corpus(data_config(path=str(folder), root=str(tmp_path / 'p')))
+  live = np.random.default_rng(0).dirichlet(np.ones(300), size=4)
+  batches = pipeline.train_iterator(
+    corpus, batch_size=32, seed=0, proportions=live[0], live=lambda step: live[step % 4]
+  )
+  seen = {int(d) for _ in range(20) for d in next(batches)['domain_id']}
+  assert len(seen) > 150
+  files_after, threads_after = count()
+  assert files_after - files_before <= 8
+  assert threads_after - threads_before <= 8
+  assert len(json.dumps(batches.get_state())) < 300 * 8
+
+
+@pytest.mark.parametrize('hosts', [2, 4])
+def test_live_batches_are_the_same_on_any_number_of_hosts(corpus, hosts):
+  live = np.random.default_rng(1).dirichlet(np.ones(3), size=6)
+  read = lambda index, count: pipeline.train_iterator(
+    corpus,
+    batch_size=8,
+    seed=3,
+    proportions=live[0],
+    live=lambda step: live[step],
+    process_index=index,
+    process_count=count,
+    prefetch=0,
+  )
+  whole, parts = read(0, 1), [read(i, hosts) for i in range(hosts)]
+  for _ in range(6):
+    expected, got = next(whole), [next(part) for part in parts]
+    for name, value in expected.items():
+      np.testing.assert_array_equal(np.concatenate([g[name] for g in got]), value)
 
 
 def test_many_domains_stay_cheap(corpus):

@@ -155,7 +155,8 @@ def test_killed_at_five_random_moments(setup, uninterrupted):
 
 @pytest.mark.slow
 def test_two_processes_killed_and_resumed(setup, uninterrupted):
-  """Two hosts with a device each, killed once, end bit-identically to two hosts never killed."""
+  """Two hosts with a device each, killed once, end bit-identically to two hosts never killed; the
+  mixture moves with the gradients."""
   undisturbed, disturbed = setup[2] / 'two_hosts', setup[2] / 'two_hosts_killed'
   finish(start(setup, undisturbed, processes=2))
   reference = outcome(setup, undisturbed)
@@ -164,6 +165,9 @@ def test_two_processes_killed_and_resumed(setup, uninterrupted):
   kill(running)
   finish(start(setup, disturbed, processes=2))
   assert_same(outcome(setup, disturbed), reference)
-  # And one host reads the same examples as two.
+  # And one host and four hosts read the same examples as two.
   ids = lambda examples: [e['example_id'] for e in examples]
   assert ids(reference[1]) == ids(uninterrupted[1])
+  finish(start(setup, setup[2] / 'four_hosts', processes=4))
+  four = metrics.read_jsonl(setup[2] / 'four_hosts' / 'examples.jsonl')
+  assert ids(four) == ids(uninterrupted[1])
