@@ -211,6 +211,7 @@ def _arguments(name: str) -> list[str]:
       'start',
       'prior',
       'lag',
+      'walls',
     )
     own = inspect.signature(factory).parameters
     names += [n for n in own if n not in (*filled_in, *names)]

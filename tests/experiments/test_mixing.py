@@ -177,6 +177,34 @@ def test_nan_alignments_leave_the_mixture_as_it_was(make, tmp_path, monkeypatch)
   assert np.all(np.isfinite(q))
 
 
+EVERY_METHOD = (
+  'temperature:tau=2', 'cooldown:switch_step=4', 'dense_cooldown:steps=4', 'unimax:epochs=2',
+  'dga:rate=1', 'dga:rate=1:normalize=mean_norm', 'doge', 'doge:mode=weigh', 'group_dro:mode=weigh',
+  'odm', 'ado', 'ado:mode=weigh',
+  'aioli:rate=1:round_steps=20:rounds_of_bursts=1:burst_steps=2:share=0.75',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('spec', EVERY_METHOD)
+def test_every_method_fits_into_the_step(make, spec):
+  """Traced, not compiled: it is told what it needs, and the state keeps its shapes."""
+  run = train.build(make(spec), jax.devices()[:1])
+  batch = run.to_global(next(pipeline.eval_batches(run.corpus, split='train', batch_size=8)))
+  state, record = jax.eval_shape(run.train_step, run.abstract_state, batch, run.signals(None))
+  jax.tree.map(same_shape, state, run.abstract_state)
+  assert record['mixture']['proportions'].shape == (2,)
+  assert spec.partition(':')[0] in mixing.METHODS
+
+
+def test_every_method_is_among_them():
+  tested = {spec.partition(':')[0] for spec in EVERY_METHOD} | {'doremi'}  # which needs a reference
+  assert tested == set(mixing.METHODS)
+
+
+def same_shape(a, b):
+  assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
 # Bad input
 
 
