@@ -1,4 +1,5 @@
-"""The README is a promise: its code runs, its commands parse, its files exist."""
+"""The README is a promise: its code runs, its commands parse, its files exist. So is the page on
+mixtures."""
 
 from __future__ import annotations
 
@@ -14,17 +15,22 @@ import numpy as np
 import optax
 import pytest
 
+from configs import common
+from experiments import compare
+from experiments import config as config_lib
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
+MIXTURES = (ROOT / 'docs/mixtures.md').read_text()
 
 
-def blocks(language: str) -> list[str]:
-  return re.findall(rf'```{language}\n(.*?)```', README, re.S)
+def blocks(language: str, text: str = README) -> list[str]:
+  return re.findall(rf'```{language}\n(.*?)```', text, re.S)
 
 
 def commands() -> list[list[str]]:
-  """The `python -m experiments.X` commands of the README, without comments."""
-  text = '\n'.join(blocks('bash')).replace('\\\n', ' ')
+  """The `python -m experiments.X` commands of both, without comments."""
+  text = '\n'.join(blocks('bash') + blocks('bash', MIXTURES)).replace('\\\n', ' ')
   lines = [shlex.split(line, comments=True) for line in text.splitlines()]
   return [line for line in lines if line[:2] == ['python', '-m']]
 
@@ -50,6 +56,20 @@ def test_the_longer_block():
   assert int(scope['state'].step) == 1
 
 
+def test_the_block_on_mixtures():
+  scope = {'jaxrw': __import__('jaxrw'), 'num_domains': 3}
+  exec(blocks('python', MIXTURES)[0], scope)
+  w, _ = scope['rw'].update(
+    jnp.ones(3),
+    scope['rw'].init(),
+    losses=jnp.array([1.0, 2.0, 3.0]),
+    group_ids=jnp.arange(3),
+    sampling_prob=jnp.full(3, 1 / 3),
+    step=0,
+  )
+  assert w[0] < w[1] < w[2]
+
+
 @pytest.mark.parametrize('program', sorted({command[2] for command in commands()}))
 def test_programs_teach(program):
   done = subprocess.run(
@@ -68,7 +88,10 @@ def test_commands_use_flags_and_configs_that_exist(command):
     name, _, value = argument.removeprefix('--').partition('=')
     assert f'--{name}' in shown
     if name == 'config':
-      assert (ROOT / value.partition(':')[0]).is_file()
+      config_lib.load(str(ROOT / value))
+    if name == 'weightings':
+      for arm in value.split(','):
+        common.set_arm(common.base_config(), compare.arm_spec(arm))
 
 
 def test_links_and_make_targets_exist():
