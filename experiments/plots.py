@@ -56,6 +56,11 @@ def style_of(index: int, theme: Theme) -> dict[str, Any]:
   }
 
 
+def marker_of(index: int) -> str:
+  """The marker of the index-th line: another one where the color is the same."""
+  return MARKERS[(index + index // LINES_BEFORE_REPEAT) % len(MARKERS)]
+
+
 def draw_differences(board: Board, theme: Theme) -> Figure | None:
   """Arm minus baseline, by metric and domain, with 95% intervals."""
   arms = [(i, arm) for i, arm in enumerate(board.arms) if i]
@@ -222,7 +227,7 @@ def draw_epochs(board: Board, theme: Theme) -> Figure | None:
   for (i, arm), values in zip(arms, epochs):
     offset = (i - (len(board.arms) - 1) / 2) * 0.6 / len(board.arms)
     ax.plot(
-      values, np.arange(len(values)) + offset, MARKERS[i % len(MARKERS)], ms=5,
+      values, np.arange(len(values)) + offset, marker_of(i), ms=5,
       color=style_of(i, theme)['color'], label=arm.name,
     )  # fmt: skip
   if epochs.max() > 1:
@@ -296,7 +301,7 @@ def draw_frontier(board: Board, theme: Theme) -> Figure | None:
     values = list(arm.values(board.metric).values())
     spent = arm.survivors[0].result['steps'] * unit
     ax.plot([spent] * len(values), values, '.', color=style['color'], alpha=0.5)
-    marker = MARKERS[i % len(MARKERS)]
+    marker = marker_of(i)
     ax.plot(spent, np.mean(values), marker, color=style['color'], ms=7, label=arm.name)
   ax.set_xlim(0, None)
   ax.grid()
@@ -398,7 +403,7 @@ def draw_growth(figure: Any, rows: Sequence[dict[str, Any]], theme: Theme) -> No
       for key, unit, style, label in kinds:
         values = [row[key] / unit for row in line]
         ax.plot(
-          [row[axis] for row in line], values, style + MARKERS[i % len(MARKERS)], ms=4,
+          [row[axis] for row in line], values, style + marker_of(i), ms=4,
           color=theme.colors[i % LINES_BEFORE_REPEAT], label=f'{label}, {arm}',
         )  # fmt: skip
     ticks = sorted({row[axis] for row in rows})
