@@ -29,11 +29,7 @@ RICH = ((0, 1, 2, 3), (4, 5, 6), (7, 8, 9))  # the classes a source has most of
 SOURCES = len(RICH)
 METHODS = ('transport', 'no transport', 'p-blind')
 
-_WORKDIR = flags.DEFINE_string('workdir', '', 'folder for result.json and digits.png')
-_DRAWS = flags.DEFINE_integer(
-  'draws', 5, 'pilots of each mixture and size; more of them, less noise', lower_bound=1
-)
-_SEED = flags.DEFINE_integer('seed', 0, 'of the first repetition')
+FLAGS = flags.FLAGS
 
 
 class Settings(NamedTuple):
@@ -67,13 +63,13 @@ class Task(NamedTuple):
 
 
 def main(_: list[str]) -> None:
-  if not _WORKDIR.value:
+  if not FLAGS.workdir:
     raise UserError('--workdir is missing: try --workdir=runs/projektor')
   from experiments import files, plots
 
-  folder = Path(_WORKDIR.value)
+  folder = Path(FLAGS.workdir)
   cli.use_compilation_cache(folder / '.jax_cache')
-  record = run(Settings(draws=_DRAWS.value), _SEED.value)
+  record = run(Settings(draws=FLAGS.draws), FLAGS.seed)
   files.write_json(folder / 'result.json', record)
   with files.replacing(folder / 'digits.png') as path:
     path.write_bytes(plots.draw_png(lambda: draw(record, plots.LIGHT), plots.LIGHT))
@@ -418,4 +414,9 @@ def draw(record: dict[str, Any], theme) -> Any:
 
 
 if __name__ == '__main__':
+  flags.DEFINE_string('workdir', '', 'folder for result.json and digits.png')
+  flags.DEFINE_integer(
+    'draws', 5, 'pilots of each mixture and size; more of them, less noise', lower_bound=1
+  )
+  flags.DEFINE_integer('seed', 0, 'of the first repetition')
   cli.run(main)
