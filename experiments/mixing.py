@@ -34,6 +34,7 @@ class Context(NamedTuple):
   mode: str
   lag: int
   every: int
+  seed: int
 
   @property
   def num_domains(self) -> int:
@@ -121,6 +122,7 @@ def aioli(run: Context, **arguments: Any) -> mixtures.Mixture:
   _sampling_only(run, 'aioli')
   _every_step(run, 'aioli')
   # Losses are read before a step, so the stage's step s is told what holds after step s - 1.
+  arguments.setdefault('seed', run.seed)
   own = mixtures.aioli(run.num_domains, lag=run.lag + 1, start=run.shares, **arguments)
   update = lambda state, *, step, **signals: own.update(state, step=step - 1, **signals)
   return own._replace(update=update)
@@ -240,6 +242,7 @@ def context(
     mode=config.mixture.mode,
     lag=config.mixture.lag,
     every=config.mixture.every,
+    seed=config.seed,
   )
 
 

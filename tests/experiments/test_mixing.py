@@ -355,7 +355,7 @@ def test_schedules_hold_for_the_batch_and_not_for_the_step_that_draws_it():
   config = types.SimpleNamespace(mixture=types.SimpleNamespace(fn='cooldown', args=None))
   config.mixture.args = types.SimpleNamespace(to_dict=lambda: {'switch_step': 20, 'tau_high': 2.0})
   run = mixing.Context(
-    np.array([900, 100]), np.array([0.5, 0.5]), 1000, lambda step: 0.1, 'sample', 8, 1
+    np.array([900, 100]), np.array([0.5, 0.5]), 1000, lambda step: 0.1, 'sample', 8, 1, 0
   )
   mixture = mixing.make_mixture(config, run)
   at = lambda step: mixture.proportions(mixture.update(mixture.init(), step=step))
