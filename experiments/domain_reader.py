@@ -1,8 +1,8 @@
 """What a mixture is told beside the losses of the step: how the domains' gradients compare, or how
-the model does on blocks kept for that.
+the model does on some blocks, the same each time.
 
-Everything is read on training blocks of its own, drawn apart from the batches: what decides the
-mixture must not be tested on.
+Everything is read on blocks of the training split, because what decides the mixture must not be
+tested on; they are drawn independently of the batches, which may hold the same ones.
 """
 
 from __future__ import annotations

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from pathlib import Path
 
+import pytest
+
 from configs import common
+from experiments import checkpoints
 
 WORDS = 'the weight of a loss is one number on every device and survives kill'.split()
 
@@ -34,3 +38,19 @@ def config(corpus: Path, root: Path, steps: int = 6):
   value.log.update(tensorboard=False, progress=False)
   common.set_weighting(value, 'linupper:0.4')
   return value
+
+
+@contextlib.contextmanager
+def interrupted_after(step, monkeypatch):
+  """Whoever trains inside is stopped once the checkpoint of `step` is there."""
+  save = checkpoints.Checkpoints.save
+
+  def save_then_stop(self, saved, *rest):
+    save(self, saved, *rest)
+    if saved == step:
+      self.wait()
+      raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(checkpoints.Checkpoints, 'save', save_then_stop)
+    yield

@@ -12,7 +12,7 @@ import pytest
 
 import jaxrw
 from configs import common
-from experiments import checkpoints, compiled, domain_reader, files, metrics, mixing, train
+from experiments import compiled, domain_reader, files, metrics, mixing, train
 from experiments.data import pipeline
 from experiments.errors import UserError
 from experiments.models import gpt2
@@ -107,16 +107,7 @@ def test_what_it_recommends_is_written_by_name(finished, make):
 def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, monkeypatch):
   """Also where the restart falls between two readings, and with another depth of prefetching."""
   config, workdir, result = finished
-  save = checkpoints.Checkpoints.save
-
-  def save_then_stop(self, step, *rest):
-    save(self, step, *rest)
-    if step == 4:
-      self.wait()
-      raise KeyboardInterrupt
-
-  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(checkpoints.Checkpoints, 'save', save_then_stop)
+  with small.interrupted_after(4, monkeypatch):
     run(config, tmp_path)
   config = config.copy_and_resolve_references()
   config.data.prefetch = 0

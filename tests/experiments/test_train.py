@@ -99,16 +99,7 @@ def test_a_finished_run_is_not_run_again(finished, monkeypatch):
 
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path, monkeypatch):
   config, workdir, result = finished
-  save = checkpoints.Checkpoints.save
-
-  def save_then_stop(self, step, *rest):
-    save(self, step, *rest)
-    if step == 4:
-      self.wait()
-      raise KeyboardInterrupt
-
-  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(checkpoints.Checkpoints, 'save', save_then_stop)
+  with small.interrupted_after(4, monkeypatch):
     run(config, tmp_path)
   # Lines beyond the checkpoint, and a torn one, as a kill leaves them.
   with (tmp_path / 'metrics.jsonl').open('a') as f:
