@@ -44,7 +44,8 @@ def base_config() -> ConfigDict:
       domain_key='domain',
       weight_key='weight',
       domains=(),  # a subset, by name; empty: all
-      mixture='uniform',  # or 'natural', 'web=0.5,code=0.5', or a run's mixture.json
+      # or 'natural', 'uniform except qa+law', 'web=0.5,code=0.5', or a run's mixture.json
+      mixture='uniform',
       tokenizer='byte',  # or 'bpe:4096', or a path that ends in tokenizer.json
       seq_len=128,
       root='',  # where prepared data are kept; empty: $JAXRW_DATA or ~/.cache/jaxrw

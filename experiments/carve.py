@@ -66,7 +66,8 @@ def carve(
     source: a folder of `{domain}.{split}.jsonl[.gz|.zst]`.
     out: a folder that does not exist yet, or holds nothing.
     domain: the only one to take; empty: all.
-    by: a field whose values name the new domains; empty: they keep their names.
+    by: a field whose values name the new domains (dots become underscores); empty: they keep their
+      names.
     keep: see `parse_keep`.
     seed: of the hashes.
 
@@ -151,11 +152,11 @@ def _hash(seed: int, record: Mapping[str, Any]) -> float:
 
 def _value(record: Mapping[str, Any], by: str, path: Path, number: int) -> str:
   value = record.get(by)
-  if not isinstance(value, str) or not value or '/' in value or '.' in value:
+  if not isinstance(value, str) or not value or '/' in value:
     raise UserError(
       f'{path}, line {number}: --by={by} needs a text that can name a file there, found {value!r}'
     )
-  return value
+  return value.replace('.', '_')  # in {domain}.{split}.jsonl the domain ends at the first dot
 
 
 def main(_: list[str]) -> None:

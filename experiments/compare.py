@@ -12,7 +12,8 @@ repeat the command to continue.
 
 An arm may change more than the weighting: 'uniform@batch_size=8' or, for selective backward,
 'trimmed:share=0.5@keep.rows=8'; any key of the config will do, and '@mixture=' takes a method with
-its arguments. 'NAME:=ARM' gives it a short name: 'odm:=uniform@mixture=odm:lag=4'.
+its arguments. 'NAME:=ARM' gives it a short name: 'odm:=uniform@mixture=odm:lag=4'. Some configs
+bring the arms that they are made for (configs/languages.py); without --weightings, those are run.
 
 Prints a table; writes WORKDIR/compare.json, WORKDIR/report.html and WORKDIR/plots/*.png.
 """
@@ -377,10 +378,16 @@ def record(board: Board) -> dict:
   }
 
 
+def default_arms(spec: str) -> str:
+  """The arms that the config file is made for, or those of the README."""
+  arms = config_lib.arms(spec)
+  return ','.join(f'{name}:={arm}' for name, arm in arms.items()) or 'uniform,linupper:0.4'
+
+
 def define_flags() -> None:
   """The command line; defined only by the program that runs, so that others may import this."""
   cli.define_config()
-  flags.DEFINE_string('weightings', 'uniform,linupper:0.4', 'arms; the first: baseline')
+  flags.DEFINE_string('weightings', None, "arms; the first: baseline; default: the config's")
   flags.DEFINE_string('lrs', None, 'peak learning rates to try; default: the one of the config')
   flags.DEFINE_integer('seeds', 3, 'paired seeds of every arm, from config.seed on')
   flags.DEFINE_integer('tune_seeds', 1, 'how many of them choose the learning rate, by their mean')
@@ -394,7 +401,7 @@ def main(_: list[str]) -> None:
 
   plan = make_plan(
     FLAGS.config,
-    FLAGS.weightings,
+    FLAGS.weightings or default_arms(cli.config_origin()[1]),
     FLAGS.lrs,
     FLAGS.seeds,
     FLAGS.metric,

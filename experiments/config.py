@@ -8,7 +8,7 @@ import importlib.util
 import json
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,25 @@ def load(spec: str) -> ConfigDict:
   Raises:
     UserError: no such file, a mistake inside it, an unknown argument, key or type.
   """
+  config = _call(spec, 'get_config')
+  if not isinstance(config, ConfigDict):
+    path = spec.partition(':')[0]
+    raise UserError(f'{path}: get_config() must return a ConfigDict, got {type(config).__name__}')
+  check_schema(config)
+  return config
+
+
+def arms(spec: str) -> dict[str, str]:
+  """{name: arm} of the comparison that a config file is made for, its `get_arms`; {} without one.
+
+  Raises:
+    UserError: as `load`.
+  """
+  return _call(spec, 'get_arms', lambda arg: {})
+
+
+def _call(spec: str, name: str, default: Callable[[str], Any] | None = None) -> Any:
+  """What a function of the config file returns for the argument behind the colon."""
   path, _, arg = spec.partition(':')
   if not Path(path).is_file():
     known = ', '.join(map(str, config_files()))
@@ -50,15 +69,12 @@ def load(spec: str) -> ConfigDict:
     module_spec = importlib.util.spec_from_file_location('_config_file', path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    config = module.get_config(arg)
+    function = getattr(module, name) if default is None else getattr(module, name, default)
+    return function(arg)
   except common.ConfigError as e:
     raise UserError(f'--config={spec}: {e}') from e
   except Exception as e:  # whatever the user's file raises is the user's to fix
     raise UserError(f'{path}{_line_in(path, e)}: {type(e).__name__}: {one_line(e)}') from e
-  if not isinstance(config, ConfigDict):
-    raise UserError(f'{path}: get_config() must return a ConfigDict, got {type(config).__name__}')
-  check_schema(config)
-  return config
 
 
 def _line_in(path: str, error: Exception) -> str:

@@ -40,8 +40,9 @@ def _is_tokenizer(spec: str) -> bool:
 
 
 def _is_mixture(spec: str) -> bool:
-  if spec in ('uniform', 'natural'):
-    return True
+  kind, except_, left_out = spec.partition(' except ')
+  if kind in ('uniform', 'natural'):
+    return not except_ or all(left_out.split('+'))
   if spec.endswith('.json'):
     return Path(spec).is_file()
   try:
@@ -53,7 +54,10 @@ def _is_mixture(spec: str) -> bool:
 
 BELOW_ONE = Rule(lambda x: 0 <= x < 1, 'at least 0 and below 1')
 TOKENIZER = "'byte', 'bpe:<vocabulary above 256>' or an existing tokenizer.json"
-MIXTURE = "'uniform', 'natural', shares such as 'web=0.5,code=0.5' or an existing mixture.json"
+MIXTURE = (
+  "'uniform', 'natural', 'uniform except qa+law', shares such as 'web=0.5,code=0.5' or an existing "
+  'mixture.json'
+)
 MESH_AXIS = Rule(lambda x: x == -1 or x >= 1, 'at least 1, or -1 for all remaining devices')
 
 RULES = {

@@ -18,9 +18,8 @@ import numpy as np
 import jaxrw
 from experiments import mesh as mesh_lib
 from experiments import mixing
-from experiments.data import pipeline, readers
+from experiments.data import pipeline
 from experiments.data.corpus import Corpus
-from experiments.errors import UserError
 from experiments.models import gpt2
 from jaxrw import diagnostics, gradients, masked, mixtures
 
@@ -59,17 +58,22 @@ def make_reader(
   """The reader that the method of `config.mixture` needs, or None.
 
   For methods that follow gradients, each domain with a share is read on `config.mixture.rows` new
-  blocks every `config.mixture.every` steps, and the target on `config.mixture.target_rows`. For
+  blocks every `config.mixture.every` steps, and the target on `config.mixture.target_rows`; with a
+  basis (`mixing.read_basis`) its mixtures take the place of the domains. For
   aioli the domains' losses are read where its schedule says so, on the same blocks each time.
 
   Raises:
     UserError: an unknown target, or one without blocks.
   """
   name, rows, num_domains = config.mixture.fn, config.mixture.rows, len(corpus.domains)
+  basis = mixing.read_basis(config, corpus, shares) if name in FOLLOW_GRADIENTS else None
   # Fused attention has no forward-mode derivative.
   model = dataclasses.replace(model, dropout=0.0, attention='xla')
+  if basis is None:
+    drawn = _drawer(corpus, shares > 0, rows, config.seed, mesh)
+  else:
+    drawn, num_domains = _basis_drawer(corpus, basis, rows, config.seed, mesh), len(basis)
   vector = jax.ShapeDtypeStruct((num_domains,), jnp.float32)
-  drawn = _drawer(corpus, shares > 0, rows, config.seed, mesh)
   if name == 'aioli':
     due = mixing.aioli_measures(config, num_domains)
     losses = domain_losses(model, mesh, num_domains)
@@ -190,23 +194,39 @@ def _examples(params, batch: Batch, model: gpt2.GPT2Config, mesh: jax.sharding.M
 def _target_drawer(
   config: Any, corpus: Corpus, shares: np.ndarray, mesh: jax.sharding.Mesh
 ) -> Draw:
-  target, sizes = config.mixture.target, corpus.sizes('train')
-  for name in target:
-    if name not in corpus.domains:
-      raise UserError(
-        f'config.mixture.target: no domain {name!r}; {readers.known_domains(name, corpus.domains)}'
-      )
-  chosen = np.isin(corpus.domains, target) if target else shares > 0
-  empty = np.flatnonzero(chosen & (sizes < 1))
-  if empty.size:
-    raise UserError(
-      f'config.mixture.target: the domain {corpus.domains[empty[0]]!r} has no training blocks'
-    )
-  if config.mixture.target_blocks:
-    sizes = np.minimum(sizes, config.mixture.target_blocks)
+  chosen, sizes = mixing.target_set(config, corpus, shares)
   # A set smaller than its batch is read whole every time, each of its blocks once.
   rows = max(1, config.mixture.target_rows // int(chosen.sum()))
   return _drawer(corpus, chosen, min(rows, int(sizes[chosen].min())), config.seed + 1, mesh, sizes)
+
+
+def _basis_drawer(
+  corpus: Corpus, basis: np.ndarray, rows: int, seed: int, mesh: jax.sharding.Mesh
+) -> Draw:
+  """(n) -> this process' part of the n-th batch of `rows` blocks drawn by each mixture of the
+  basis, in order; `domain_id` says by which.
+
+  Of a domain with share p there are `rows` p blocks up to one, and in expectation exactly.
+  """
+  sizes, offsets, ends = corpus.sizes('train'), corpus.offsets('train'), np.cumsum(basis, axis=1)
+  drawn_by = np.repeat(np.arange(len(basis), dtype=np.int32), rows)
+
+  def draw(n: int) -> Batch:
+    rng = np.random.default_rng((seed, n))
+    points = (rng.random((len(basis), 1)) + np.arange(rows)) / rows
+    domain = np.concatenate([np.searchsorted(e / e[-1], p, 'right') for e, p in zip(ends, points)])
+    ids = offsets[domain] + (rng.random(domain.size) * sizes[domain]).astype(np.int64)
+    return pipeline.padded_rows(
+      corpus,
+      'train',
+      ids,
+      mesh.size,
+      domain_ids=drawn_by,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+  return draw
 
 
 def _drawer(

@@ -81,6 +81,7 @@ def define_flags() -> None:
   flags.DEFINE_string('larger', '', "what the final models change: 'model.n_layer=4@batch_size=32'")
   flags.DEFINE_string('lrs', None, "learning rates of the final models; default: the config's")
   flags.DEFINE_integer('seeds', 3, 'paired seeds of the final models')
+  flags.DEFINE_integer('tune_seeds', 1, 'how many of them choose the learning rate')
   flags.DEFINE_integer('jobs', 1, 'final models at once', lower_bound=1)
 
 
@@ -109,6 +110,7 @@ def main(_: list[str]) -> None:
     FLAGS.seeds,
     'macro_bpb',
     str(folder / 'final'),
+    FLAGS.tune_seeds,
   )
   board = compare.compare(plan, jobs=FLAGS.jobs)
   files.write_json(plan.folder / 'compare.json', compare.record(board))

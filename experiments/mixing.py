@@ -15,7 +15,8 @@ import numpy as np
 
 import jaxrw
 from experiments import config as config_lib
-from experiments.data import pipeline
+from experiments.data import mixture as mixture_lib
+from experiments.data import pipeline, readers, resemblance
 from experiments.data.corpus import Corpus
 from experiments.errors import UserError
 from jaxrw import mixtures
@@ -35,6 +36,9 @@ class Context(NamedTuple):
   lag: int
   every: int
   seed: int
+  # The domain with a share that each block of the target set resembles most; read when called.
+  resembled: Callable[[], np.ndarray]
+  basis: np.ndarray | None  # rows on the simplex over the domains; see `read_basis`
 
   @property
   def num_domains(self) -> int:
@@ -78,9 +82,18 @@ def unimax(run: Context, epochs: float) -> mixtures.Mixture:
   return mixtures.fixed(mixtures.unimax_probs(run.sizes, run.rows, epochs))
 
 
-def dga(run: Context, rate: float, **arguments: Any) -> mixtures.Mixture:
-  """Towards the domains whose gradient agrees with that of the target."""
-  return mixtures.dga(run.num_domains, rate, start=run.shares, **run.acts, **arguments)
+def importance(run: Context) -> mixtures.Mixture:
+  """As often as a domain is the one that a block of the target resembles most."""
+  p = mixtures.importance_mixture(run.resembled(), run.num_domains)
+  return mixtures.fixed(p) if run.mode == 'sample' else mixtures.fixed(run.shares, p)
+
+
+def dga(run: Context, rate: float, basis: str = '', **arguments: Any) -> mixtures.Mixture:
+  """Towards the domains, or mixtures of them, whose gradient agrees with that of the target."""
+  if run.basis is None:
+    return mixtures.dga(run.num_domains, rate, start=run.shares, **run.acts, **arguments)
+  _sampling_only(run, 'dga with a basis')
+  return mixtures.on_basis(mixtures.dga(len(run.basis), rate, **arguments), run.basis)
 
 
 def doge(run: Context, **arguments: Any) -> mixtures.Mixture:
@@ -143,6 +156,7 @@ METHODS: dict[str, Callable[..., mixtures.Mixture]] = {
     cooldown,
     dense_cooldown,
     unimax,
+    importance,
     dga,
     doge,
     doremi,
@@ -243,7 +257,71 @@ def context(
     lag=config.mixture.lag,
     every=config.mixture.every,
     seed=config.seed,
+    resembled=lambda: _resembled(config, corpus, shares),
+    basis=read_basis(config, corpus, shares),
   )
+
+
+def basis_files(config: Any) -> list[str]:
+  """The mixture files that the method chooses among instead of domains; none as a rule."""
+  return [path for path in str(config.mixture.args.get('basis', '')).split('+') if path]
+
+
+def read_basis(config: Any, corpus: Corpus, shares: np.ndarray) -> np.ndarray | None:
+  """The mixtures of `basis_files`, float64[N, G], or None where there are none.
+
+  Raises:
+    UserError: a file that does not fit the corpus, or draws a domain that data.mixture leaves out.
+  """
+  paths = basis_files(config)
+  if not paths:
+    return None
+  basis = np.stack([mixture_lib.read_file(path, corpus) for path in paths])
+  for path, row in zip(paths, basis):
+    extra = np.flatnonzero((row > 0) & (shares == 0))
+    if extra.size:
+      raise UserError(
+        f'config.mixture.args.basis: {path} draws {corpus.domains[extra[0]]!r}, which '
+        f'data.mixture={config.data.mixture!r} leaves out: make the file with that mixture, too'
+      )
+  return basis
+
+
+def target_set(config: Any, corpus: Corpus, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Which domains are the target (bool[G]), and how many blocks of each to use (int64[G]).
+
+  They are `config.mixture.target`, or all domains with a share. With `target_blocks`, a set is that
+  many blocks spread over it: block i of n is `i * size // n`.
+
+  Raises:
+    UserError: an unknown target, or one without blocks.
+  """
+  target, sizes = config.mixture.target, corpus.sizes('train')
+  for name in target:
+    if name not in corpus.domains:
+      raise UserError(
+        f'config.mixture.target: no domain {name!r}; {readers.known_domains(name, corpus.domains)}'
+      )
+  chosen = np.isin(corpus.domains, target) if target else shares > 0
+  empty = np.flatnonzero(chosen & (sizes < 1))
+  if empty.size:
+    raise UserError(
+      f'config.mixture.target: the domain {corpus.domains[empty[0]]!r} has no training blocks'
+    )
+  if config.mixture.target_blocks:
+    sizes = np.minimum(sizes, config.mixture.target_blocks)
+  return chosen, sizes
+
+
+def _resembled(config: Any, corpus: Corpus, shares: np.ndarray) -> np.ndarray:
+  if not config.mixture.target:
+    raise UserError(
+      f"config.mixture.target is empty: {config.mixture.fn!r} needs a target, 'target=qa'"
+    )
+  chosen, used = target_set(config, corpus, shares)
+  first, sizes = corpus.offsets('train'), corpus.sizes('train')
+  ids = [first[g] + np.arange(used[g]) * sizes[g] // used[g] for g in np.flatnonzero(chosen)]
+  return resemblance.nearest_domains(corpus, np.concatenate(ids), shares > 0)
 
 
 def with_mixture(

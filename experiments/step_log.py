@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import files, ledger, metrics
+from experiments import files, ledger, metrics, mixing
 from experiments.data.corpus import Corpus
 from experiments.errors import NonFiniteError
 
@@ -154,15 +154,19 @@ class StepLog:
 
   def _mixture_values(self, record: Any, used: Sequence[int]) -> dict[str, Any]:
     """Epochs of each domain so far and, if the mixture changes, what it is and what it was told."""
-    sizes = self._corpus.sizes('train')
-    by_domain = lambda values: {
-      name: float(value) for name, value in zip(self._corpus.domains, values)
-    }
-    written = {'epochs': by_domain(np.asarray(used) / np.maximum(sizes, 1))}
+    sizes, domains = self._corpus.sizes('train'), self._corpus.domains
+    named = lambda names, values: {name: float(value) for name, value in zip(names, values)}
+    written = {'epochs': named(domains, np.asarray(used) / np.maximum(sizes, 1))}
     mixture = record.get('mixture')
     if mixture is not None:
-      vectors = {name: value for name, value in mixture.items() if np.ndim(value)}
-      written['mixture'] = {name: by_domain(value) for name, value in vectors.items()}
+      # A method over a basis is told of its mixtures, not of the domains.
+      told_of = {'proportions': domains, 'objective': domains}
+      others = mixing.basis_files(self._config) or domains
+      written['mixture'] = {
+        name: named(told_of.get(name, others), value)
+        for name, value in mixture.items()
+        if np.ndim(value)
+      }
       written['mixture']['noise'] = float(mixture['noise'])
     return written
 

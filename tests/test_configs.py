@@ -10,6 +10,7 @@ import pytest
 
 from configs import common
 from experiments import config as config_lib
+from experiments.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(p.name for p in (ROOT / 'configs').glob('[!_]*.py') if p.name != 'common.py')
@@ -21,6 +22,10 @@ SPECS = [
   'gpt2.py:size=209m',
   'gpt2.py:size=294m,weighting=uniform',
   'gpt2.py:evidence',
+  'languages.py',
+  'languages.py:tau=3,epochs=4,steps=300',
+  'specialise.py:target=qa',
+  'specialise.py:target=qa,small=8,large=64',
 ]
 
 
@@ -78,7 +83,7 @@ def test_docstring_says_command_cost_and_expectation(file):
 @pytest.mark.parametrize('file', FILES)
 def test_every_switch_is_documented(file):
   source = Path('configs', file).read_text()
-  call = source[source.index('common.parse_arg(') :]
+  call = source[source.index('_SWITCHES = dict(' if '_SWITCHES' in source else 'parse_arg(') :]
   switches = re.findall(r'\b(\w+)=', call[: call.index(')\n')])
   assert 'quick' in switches
   doc = config_lib.describe(f'configs/{file}')
@@ -112,6 +117,32 @@ def test_switches_imply_the_source(tmp_path):
   assert load(f'lm.py:path={tmp_path}').data.source == 'folder'
   assert load('lm.py:name=my_ds/config:1.0.0').data.source == 'tfds'
   assert load('lm.py').data.source == 'embedded'
+
+
+@pytest.mark.parametrize('spec', SPECS)
+def test_arms_of_a_config_are_arms_of_its_comparison(spec):
+  """Each is another run than the others, of a method that exists; the first is the baseline."""
+  from experiments import compare
+
+  arms = compare.default_arms(f'configs/{spec}')
+  plan = compare.make_plan(load(spec), arms, None, 1, 'macro_bpb', 'runs/x')
+  assert compare.arm_spec(plan.weightings[0]) == 'uniform'
+  assert len(plan.weightings) == (len(config_lib.arms(f'configs/{spec}')) or 2)
+
+
+def test_arms_of_languages():
+  """Cooldown changes at half of the run, also of a quick one."""
+  arms = config_lib.arms('configs/languages.py:steps=300,tau=3')
+  assert next(iter(arms)) == 'stratified'
+  assert arms['cooldown'].endswith('cooldown:switch_step=150:tau_high=3')
+  assert config_lib.arms('configs/languages.py:quick')['cooldown'].split(':')[1] == 'switch_step=2'
+  assert config_lib.arms('configs/lm.py') == {}
+
+
+def test_a_specialist_needs_a_target():
+  for read in (config_lib.load, config_lib.arms):
+    with pytest.raises(UserError, match=r'specialise\.py: target is missing: name a domain'):
+      read('configs/specialise.py')
 
 
 # parse_arg

@@ -26,6 +26,7 @@ from experiments.errors import UserError
 from jaxrw.mixtures import Planner
 
 SUFFIX = '.json'
+EXCEPT = ' except '
 _SUM_ERROR = 1e-3  # published weights are rounded
 _REPEATED_ALIKE = 2.0  # epochs that differ by less than this factor
 
@@ -46,8 +47,9 @@ def parse(text: str, corpus: Corpus) -> np.ndarray:
   """Proportions of the domains, float64[K] with sum 1.
 
   Args:
-    text: 'uniform', 'natural' (by number of blocks), 'web=0.5,code=0.5', where domains that are not
-      named get nothing and the sum need not be 1, or the path of a mixture file.
+    text: 'uniform', 'natural' (by number of blocks), either 'except' some domains ('uniform except
+      qa+law'), 'web=0.5,code=0.5', where domains that are not named get nothing and the sum need
+      not be 1, or the path of a mixture file.
     corpus: whose domains.
 
   Raises:
@@ -55,12 +57,13 @@ def parse(text: str, corpus: Corpus) -> np.ndarray:
       that does not fit the corpus.
   """
   sizes = corpus.sizes('train')
-  if text == 'uniform':
-    weights = np.ones(len(corpus.domains))
-  elif text == 'natural':
-    weights = np.asarray(sizes, np.float64)
+  kind, _, left_out = text.partition(EXCEPT)
+  if kind in ('uniform', 'natural'):
+    weights = np.ones(len(corpus.domains)) if kind == 'uniform' else sizes.astype(np.float64)
+    for name in filter(None, left_out.split('+')):
+      weights[_index(name, corpus.domains)] = 0
   elif text.endswith(SUFFIX):
-    weights = _from_file(text, corpus)
+    weights = read_file(text, corpus)
   else:
     weights = _named(text, corpus.domains)
   for domain, weight, size in zip(corpus.domains, weights, sizes):
@@ -145,21 +148,32 @@ def _named(text: str, domains: Sequence[str]) -> np.ndarray:
     if not equals:
       raise UserError(
         f"data.mixture='{text}' does not parse at '{item}'; "
-        "use 'uniform', 'natural', 'web=0.5,code=0.5' or a mixture file (.json)"
+        "use 'uniform', 'natural', 'uniform except qa', 'web=0.5,code=0.5' or a mixture file "
+        '(.json)'
       )
-    if name not in domains:
-      raise UserError(f"data.mixture: no domain '{name}'; {readers.known_domains(name, domains)}")
+    index = _index(name, domains)
     try:
       value = float(share)
     except ValueError:
       value = np.nan
     if not np.isfinite(value) or value < 0:
       raise UserError(f"data.mixture: '{item.strip()}' needs a finite share that is not negative")
-    weights[list(domains).index(name)] = value
+    weights[index] = value
   return weights
 
 
-def _from_file(path: str, corpus: Corpus) -> np.ndarray:
+def _index(name: str, domains: Sequence[str]) -> int:
+  if name not in domains:
+    raise UserError(f"data.mixture: no domain '{name}'; {readers.known_domains(name, domains)}")
+  return list(domains).index(name)
+
+
+def read_file(path: str, corpus: Corpus) -> np.ndarray:
+  """The weights of a mixture file in the order of the corpus, float64[K] that sum to 1.
+
+  Raises:
+    UserError: a file that is not one, or does not fit the corpus.
+  """
   stored = files.read_json(path)
   shares = stored.get('weights') if isinstance(stored, Mapping) else None
   if not isinstance(shares, Mapping) or not shares:
@@ -185,7 +199,8 @@ def _from_file(path: str, corpus: Corpus) -> np.ndarray:
       f'{path} has no weight for the domain {missing[0]!r}; give it one (0 is fine), or leave the '
       'domain out with data.domains'
     )
-  return np.array([shares[name] for name in corpus.domains], np.float64)
+  weights = np.array([shares[name] for name in corpus.domains], np.float64)
+  return weights / weights.sum()
 
 
 def _check_tokenizer(path: str, made_with: Mapping[str, str] | None, corpus: Corpus) -> None:

@@ -144,14 +144,22 @@ def padded_rows(
   example_ids: Sequence[int] | np.ndarray,
   multiple: int = 1,
   *,
+  domain_ids: np.ndarray | None = None,
   process_index: int = 0,
   process_count: int = 1,
 ) -> Batch:
   """This process' rows of one batch of given blocks, as `eval_batches` yields them; rows of padding
-  follow until the global batch is a multiple of `multiple` and of the number of processes."""
+  follow until the global batch is a multiple of `multiple` and of the number of processes.
+
+  `domain_ids`, int32[N], stand in the place of the domains that the blocks belong to.
+  """
   padding = -len(example_ids) % math.lcm(multiple, process_count)
   ids = np.append(np.asarray(example_ids, np.int64), np.full(padding, -1))
-  return _rows_or_padding(corpus, split, ids[_local_rows(ids.size, process_index, process_count)])
+  local = _local_rows(ids.size, process_index, process_count)
+  batch = _rows_or_padding(corpus, split, ids[local])
+  if domain_ids is not None:
+    batch['domain_id'] = np.append(domain_ids, np.zeros(padding, domain_ids.dtype))[local]
+  return batch
 
 
 class _Plans(grain.IterDataset):

@@ -9,6 +9,7 @@ from jaxrw.mixtures.aioli import (
   smoothed_one_hot,
   solve_interactions,
 )
+from jaxrw.mixtures.basis import basis_mixture, on_basis
 from jaxrw.mixtures.core import Mixture
 from jaxrw.mixtures.odm import odm
 from jaxrw.mixtures.online import (
@@ -51,7 +52,6 @@ from jaxrw.mixtures.regression import (
 )
 from jaxrw.mixtures.stage import MixingState, domain_signals, mixing
 from jaxrw.mixtures.static import (
-  basis_mixture,
   cooldown,
   dense_cooldown,
   fixed,
@@ -116,6 +116,7 @@ __all__ = [
   'mixing',
   'normalize_interactions',
   'odm',
+  'on_basis',
   'performance_gradient',
   'predict_losses',
   'predict_performance',

@@ -313,39 +313,6 @@ def importance_mixture(ids: Sequence[int] | np.ndarray | jax.Array, num_domains:
   return jnp.where(jnp.all(fine), shares, jnp.nan).astype(jnp.float32)
 
 
-def basis_mixture(
-  weights: Vector, basis: Sequence[Sequence[float]] | np.ndarray | jax.Array
-) -> jax.Array:
-  """basis^T weights: the mixture over G domains that a mixture over N basis mixtures stands for.
-
-  With it a method that searches the simplex of N basis mixtures can serve very many domains.
-
-  Args:
-    weights: float[N] on the simplex.
-    basis: float[N, G], each row on the simplex, for example an `importance_mixture`.
-
-  Returns:
-    float32[G] on the simplex.
-
-  Raises:
-    ValueError: weights or a row off the simplex, shapes that do not match.
-
-  Example:
-    >>> basis_mixture([0.5, 0.5], [[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]]).tolist()
-    [0.5, 0.25, 0.25]
-
-  Source: distribution reweighting of Dynamic Gradient Alignment (arXiv 2410.02498). Provenance:
-    reconstructed.
-  """
-  weights, basis = on_simplex(weights, 'weights'), on_simplex(basis, 'basis', ndim=2)
-  if basis.shape[0] != weights.size:
-    raise ValueError(
-      f'basis has shape {basis.shape}; expected a row for each of the {weights.size} weights'
-    )
-  # An accelerator's default may round to 8 bits: too few to stay on the simplex.
-  return jnp.matmul(weights, basis, precision='highest')
-
-
 @declare('absolute', 'example', 'ours', 'the same for every domain')
 def stratified(num_domains: int) -> Mixture:
   """p = q = 1 / G: every domain alike, the baseline that any mixture should be compared with.

@@ -39,6 +39,9 @@ def refuses(text, part, here=None):
     ('natural', [0.5, 0.2, 0.3]),
     ('web=0.5,code=0.5', [0.5, 0.5, 0]),
     ('qa=2, web = 6', [0.75, 0, 0.25]),
+    ('uniform except qa', [0.5, 0.5, 0]),
+    ('natural except code', [5 / 8, 0, 3 / 8]),
+    ('uniform except web+qa', [0, 1, 0]),
   ],
 )
 def test_mixtures(text, expected):
@@ -55,6 +58,8 @@ def test_mixtures(text, expected):
     ('web=-1,code=2', "'web=-1' needs"),
     ('web=nan', "'web=nan' needs"),
     ('web=0', 'sums to 0'),
+    ('uniform except cod', "no domain 'cod'; did you mean 'code'"),
+    ('uniform except web+code+qa', 'sums to 0'),
   ],
 )
 def test_bad_mixtures(text, part):

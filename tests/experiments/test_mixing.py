@@ -13,6 +13,7 @@ import pytest
 import jaxrw
 from configs import common
 from experiments import compiled, domain_reader, files, metrics, mixing, train
+from experiments.data import mixture as mixture_lib
 from experiments.data import pipeline
 from experiments.errors import UserError
 from experiments.models import gpt2
@@ -170,6 +171,7 @@ def test_nan_alignments_leave_the_mixture_as_it_was(make, tmp_path, monkeypatch)
 
 EVERY_METHOD = (
   'temperature:tau=2', 'cooldown:switch_step=4', 'dense_cooldown:steps=4', 'unimax:epochs=2',
+  'importance:target=hard', 'importance:target=hard:mode=weigh',
   'dga:rate=1', 'dga:rate=1:normalize=mean_norm', 'doge', 'doge:mode=weigh', 'group_dro:mode=weigh',
   'odm', 'ado', 'ado:mode=weigh',
   'aioli:rate=1:round_steps=20:rounds_of_bursts=1:burst_steps=2:share=0.75',
@@ -203,11 +205,15 @@ def same_shape(a, b):
   ('spec', 'message'),
   [
     ('dgaa:rate=1', r"fn='dgaa': did you mean 'dga'"),
-    ('dga:rat=1', 'args.rat: .dga. takes rate, ema'),
+    ('dga:rat=1', 'args.rat: .dga. takes rate, basis, ema'),
     ('dga', "args of 'dga'.*rate"),
     ('dga:rate=-1', 'rate=-1 must be'),
     ('dga:rate=1:target=hart', "no domain 'hart'; did you mean 'hard'"),
     ('odm:mode=weigh', 'acts by sampling alone'),
+    ('importance', "mixture.target is empty: 'importance' needs a target"),
+    ('importance:target=hart', "no domain 'hart'; did you mean 'hard'"),
+    ('dga:rate=1:basis=none.json', 'none.json'),
+    ('odm:basis=none.json', 'none.json'),
     ('doremi', 'domain_excess.*config.reference'),
     ('temperature:tau=0', 'tau=0 must be'),
   ],
@@ -238,6 +244,72 @@ def test_a_target_smaller_than_its_batch_is_read_whole_every_time(make):
   seen = [np.sort(reader.draw(n)[1]['example_id']).tolist() for n in range(3)]
   assert len(set(seen[0])) == 5
   assert seen[0] == seen[1] == seen[2]
+
+
+# Mixtures that are found by a target, and mixtures of mixtures
+
+
+def test_importance_gives_the_target_the_domain_that_it_resembles(make, tmp_path):
+  """A target that is not trained on: all of it resembles the one domain that is left."""
+  config = make('importance:target=easy')
+  config.data.mixture = 'uniform except easy'
+  run(config, tmp_path)
+  assert files.read_json(tmp_path / mixing.FILE)['weights'] == {'easy': 0.0, 'hard': 1.0}
+  config = make('importance:target=hard:mode=weigh')
+  built = train.build(config, jax.devices()[:1])
+  state = built.mixture.init()
+  np.testing.assert_allclose(built.mixture.proportions(state), [0.5, 0.5])
+  assert built.mixture.objective(state)[1] > 0.9
+
+
+@pytest.fixture
+def basis(make, tmp_path):
+  """Paths of two mixture files; `basis[0]` draws four blocks of five from 'easy'."""
+  corpus = train.build(make(''), jax.devices()[:1]).corpus
+  paths = [tmp_path / 'mostly_easy.json', tmp_path / 'hard.json']
+  for path, weights in zip(paths, ([0.8, 0.2], [0.0, 1.0])):
+    mixture_lib.write(path, corpus, weights, made_by={}, epochs={})
+  return paths
+
+
+def test_dga_over_a_basis_moves_between_its_mixtures(make, basis, tmp_path):
+  """It is told of the two mixtures, and recommends one of domains between them."""
+  spec = f'dga:rate=2:every=2:normalize=cosine:target=hard:basis={basis[0]}+{basis[1]}'
+  config = make(spec)
+  config.mixture.rows = 5
+  run(config, tmp_path / 'run')
+  logged = [r['mixture'] for r in records(tmp_path / 'run') if r['kind'] == 'train']
+  assert set(logged[0]['domain_alignment']) == {str(path) for path in basis}
+  assert set(logged[0]['proportions']) == {'easy', 'hard'}
+  hard = [r['proportions']['hard'] for r in logged]
+  assert hard[0] >= 0.6  # half of each
+  assert hard[-1] > hard[0]
+  assert hard[-1] <= 1
+  found = files.read_json(tmp_path / 'run' / mixing.FILE)['weights']
+  assert found['hard'] == pytest.approx(hard[-1], rel=1e-4)
+
+
+def test_a_basis_is_read_on_blocks_that_its_mixtures_draw(make, basis):
+  config = make(f'dga:rate=1:basis={basis[0]}+{basis[1]}')
+  config.mixture.rows = 5
+  one, eight = (train.build(config, jax.devices()[:n]) for n in (1, 8))
+  easy = one.corpus.sizes('train')[0]
+  for n in range(4):
+    batch = one.read_domains.draw(n)[0]
+    assert batch['domain_id'].tolist() == [0] * 5 + [1] * 5
+    assert (np.asarray(batch['example_id'][:5]) < easy).sum() == 4
+    assert (np.asarray(batch['example_id'][5:]) >= easy).all()
+    assert eight.read_domains.draw(n)[0]['example_id'].tolist()[:10] == batch['example_id'].tolist()
+
+
+def test_a_basis_must_fit_what_is_trained_on(make, basis):
+  config = make(f'dga:rate=1:basis={basis[0]}+{basis[1]}')
+  config.data.mixture = 'uniform except easy'
+  with pytest.raises(UserError, match=r"draws 'easy', which .*='uniform except easy'"):
+    train.build(config, jax.devices()[:1])
+  config = make(f'dga:rate=1:mode=weigh:basis={basis[0]}')
+  with pytest.raises(UserError, match=r'dga with a basis.* acts by sampling alone'):
+    train.build(config, jax.devices()[:1])
 
 
 # The reader
@@ -346,7 +418,16 @@ def test_schedules_hold_for_the_batch_and_not_for_the_step_that_draws_it():
   config = types.SimpleNamespace(mixture=types.SimpleNamespace(fn='cooldown', args=None))
   config.mixture.args = types.SimpleNamespace(to_dict=lambda: {'switch_step': 20, 'tau_high': 2.0})
   run = mixing.Context(
-    np.array([900, 100]), np.array([0.5, 0.5]), 1000, lambda step: 0.1, 'sample', 8, 1, 0
+    sizes=np.array([900, 100]),
+    shares=np.array([0.5, 0.5]),
+    rows=1000,
+    learning_rate=lambda step: 0.1,
+    mode='sample',
+    lag=8,
+    every=1,
+    seed=0,
+    resembled=lambda: np.array([0]),
+    basis=None,
   )
   mixture = mixing.make_mixture(config, run)
   at = lambda step: mixture.proportions(mixture.update(mixture.init(), step=step))

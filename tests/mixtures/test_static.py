@@ -8,7 +8,6 @@ import pytest
 import jaxrw
 from jaxrw.mixtures import Planner
 from jaxrw.mixtures.static import (
-  basis_mixture,
   cooldown,
   dense_cooldown,
   fixed,
@@ -386,17 +385,6 @@ def test_importance_mixture_refuses_ids_out_of_range(wrong):
   assert np.all(np.isnan(traced))
 
 
-def test_basis_mixture_is_the_mean_of_the_rows():
-  rng = np.random.default_rng(0)
-  weights, basis = rng.dirichlet(np.ones(5)), rng.dirichlet(np.ones(9), size=5)
-  for p in (basis_mixture(weights, basis), jax.jit(basis_mixture)(weights, basis)):
-    np.testing.assert_allclose(p, sum(w * row for w, row in zip(weights, basis)), rtol=1e-5)
-    np.testing.assert_allclose(np.sum(p), 1, rtol=1e-6)
-  np.testing.assert_array_equal(basis_mixture(weights, np.eye(5)), weights.astype(np.float32))
-  onehot = importance_mixture([3], 5)
-  np.testing.assert_array_equal(basis_mixture(onehot, basis), basis[3].astype(np.float32))
-
-
 # The factories
 
 
@@ -492,10 +480,6 @@ def test_a_schedule_needs_the_step():
     (lambda: second_moment_ratio([1.0], [1.0], [1, 1]), r'second_moments has shape \(2,\)'),
     (lambda: importance_mixture([], 3), r'ids has shape \(0,\)'),
     (lambda: importance_mixture([0], 0), 'num_domains=0'),
-    (lambda: basis_mixture([0.5, 0.5], [[1.0, 0], [1, 1]]), r'basis\[1\] sums to 2'),
-    (lambda: basis_mixture([1.0], [[1.0, 0], [1, 0]]), r'basis has shape \(2, 2\)'),
-    (lambda: basis_mixture([1.0], [1.0]), r'expected \[N, G\]'),
-    (lambda: basis_mixture([0.7, 0.7], np.eye(2)), 'weights sums to 1.4'),
     (lambda: stratified(0), 'num_domains=0'),
     (lambda: fixed([0, 0]), 'proportions are all 0'),
     (lambda: fixed([1, -1]), 'proportions holds -1'),
