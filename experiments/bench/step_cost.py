@@ -27,6 +27,7 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
+from experiments.bench import arms as arms_lib
 from experiments.errors import UserError
 
 _CONFIG = cli.define_config()
@@ -95,19 +96,6 @@ def count_all(
   return record
 
 
-def build(config, arm: str, devices, **changes):
-  """The run of one arm, with further changes of the config."""
-  from configs import common
-  from experiments import train
-
-  config = config.copy_and_resolve_references()
-  if 'loss' in config.w and 'start' in config.w.loss:
-    config.w.loss.start = 0  # burn-in is for training; here the weighting acts at once
-  common.set_arm(config, arm)
-  config.update_from_flattened_dict(changes)
-  return train.build(config, devices)
-
-
 def count(config, arms: list[str], devices) -> list[dict]:
   """Exact costs of every arm, and the collectives it has beyond the first."""
   from experiments import compiled, dry_run
@@ -115,7 +103,7 @@ def count(config, arms: list[str], devices) -> list[dict]:
   rows, reference = [], None
   for arm in arms:
     started = time.perf_counter()
-    costs = dry_run.step_costs(build(config, arm, devices))
+    costs = dry_run.step_costs(arms_lib.build(config, arm, devices))
     reference = reference or costs
     extra = compiled.extra_collectives(reference, costs)
     rows.append(
@@ -138,12 +126,12 @@ def count_accumulation(config, arms: list[str], microbatches: int, devices) -> l
 
   rows = []
   for arm in arms:
-    run = build(config, arm, devices)
+    run = arms_lib.build(config, arm, devices)
     scopes = ['microbatch', 'global']
     if run.weighting.log_weights is not None:
       scopes.insert(1, 'online')
     for m, scope in [(1, 'global'), *((microbatches, scope) for scope in scopes)]:
-      costs = dry_run.step_costs(build(config, arm, devices, microbatches=m, scope=scope))
+      costs = dry_run.step_costs(arms_lib.build(config, arm, devices, microbatches=m, scope=scope))
       rows.append(
         {
           'weighting': arm,
@@ -168,7 +156,7 @@ def count_growth(config, arms: list[str], devices) -> list[dict]:
   for rows_of_batch, positions, count_devices in sizes:
     for arm in arms:
       changes = {'batch_size': rows_of_batch, 'data.seq_len': positions}
-      costs = dry_run.step_costs(build(config, arm, devices[:count_devices], **changes))
+      costs = dry_run.step_costs(arms_lib.build(config, arm, devices[:count_devices], **changes))
       rows.append(
         {
           'weighting': arm,
@@ -192,29 +180,21 @@ def measure(config, arms: list[str], rounds: int, devices, *, with_torch: bool =
 
   names, steps, compile_seconds = list(arms), [], []
   for arm in arms:
-    run = build(config, arm, devices)
+    run = arms_lib.build(config, arm, devices)
     started = time.perf_counter()
     state = run.init()
     signals = run.signals(state.params)
-    steps.append(_timed(run.train_step, state, dry_run.any_batch(run), signals))
+    batch = dry_run.any_batch(run)
+    steps.append(arms_lib.timed_step(run.train_step, state, batch, signals))
     steps[-1]()
     compile_seconds.append(time.perf_counter() - started)
   if with_torch:
     for arm in dict.fromkeys(arms):
-      if (step := _torch_step(build(config, arm, devices), arm)) is not None:
+      if (step := _torch_step(arms_lib.build(config, arm, devices), arm)) is not None:
         names.append(f'PyTorch {arm}')
         steps.append(step)
         compile_seconds.append(0.0)
-  for step in steps:  # let clocks and caches settle
-    step()
-    step()
-  rng = np.random.default_rng(0)
-  seconds = np.zeros((rounds, len(steps)))
-  for row in seconds:
-    for i in rng.permutation(len(steps)):
-      started = time.perf_counter()
-      steps[i]()
-      row[i] = time.perf_counter() - started
+  seconds = arms_lib.interleaved(steps, rounds)
   tokens = config.batch_size * config.data.seq_len
   rows = []
   for i, name in enumerate(names):
@@ -235,18 +215,6 @@ def measure(config, arms: list[str], rounds: int, devices, *, with_torch: bool =
     )
   jax.clear_caches()
   return rows
-
-
-def _timed(train_step, state, batch, signals):
-  """A function of nothing that runs one step to its end and keeps the state."""
-  import jax
-
-  def step() -> None:
-    nonlocal state
-    state, record = train_step(state, batch, signals)
-    jax.block_until_ready((state, record))
-
-  return step
 
 
 def _torch_step(run, arm: str):

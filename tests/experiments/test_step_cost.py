@@ -9,7 +9,8 @@ import pytest
 
 import jaxrw
 from experiments import dry_run, plots
-from experiments.bench import step_cost
+from experiments.bench import arms, mixture_cost, step_cost
+from experiments.errors import UserError
 from experiments.models import gpt2
 from tests.experiments import small
 
@@ -122,7 +123,7 @@ def test_the_peer_is_the_same_model(config):
   torch = pytest.importorskip('torch')
   from experiments.bench import torch_peer
 
-  run = step_cost.build(config, 'linupper:0.4', jax.devices()[:1])
+  run = arms.build(config, 'linupper:0.4', jax.devices()[:1])
   batch, state = dry_run.any_batch(run), run.init()
   tokens = torch.from_numpy(np.array(batch['tokens'], np.int64))
   with torch.no_grad():
@@ -141,3 +142,26 @@ def test_the_peer_is_the_same_model(config):
   )
   weights = np.asarray(jaxrw.linupper_weights(jnp.mean(ours, axis=1), 0.4))
   assert step(tokens) == pytest.approx(float(np.mean(weights * np.mean(ours, axis=1))), rel=1e-4)
+
+
+def test_the_parts_of_a_mixture_are_timed_and_its_readings_counted(config):
+  """The stage alone, and readings by how often there are any; FLOPs agree with the dry run."""
+  specs = ['odm', 'dga:rate=1:every=4:rows=1:target_rows=2']
+  config = config.copy_and_resolve_references()
+  config.total_steps = 8
+  milliseconds, (odm, dga) = mixture_cost.measure(config, specs, 3, jax.devices()[:1])
+  assert milliseconds > 0
+  assert odm.reading is None
+  assert odm.reading_flops == 0
+  for share in (odm.stage, dga.stage, dga.reading):
+    assert 0 < share.low <= share.mean <= share.high
+  run = arms.build(config, f'uniform@mixture={specs[1]}', jax.devices()[:1])
+  (said,) = dry_run.reading_text(run, dry_run.step_costs(run))
+  assert f'2 times in 8 steps: {dga.reading_flops:.2%}' in said
+  text = mixture_cost.format_costs(milliseconds, [odm, dga])
+  assert f'{dga.reading_flops:.3%}' in text
+
+
+def test_a_mixture_without_a_name_is_one_line(config):
+  with pytest.raises(UserError, match='is not a mixture that changes'):
+    mixture_cost.measure(config, [''], 2, jax.devices()[:1])
