@@ -27,6 +27,7 @@ METRICS = {
 
 
 ALIGNMENT = 'alignment.json'  # of a run, where experiments.alignment has read it
+MAX_DOMAINS = 16  # in tables and pictures
 EVIDENCE_PARAMS = 15e6
 EVIDENCE_TOKENS = 100e6
 
@@ -167,9 +168,31 @@ class Board:
 
   @property
   def rows(self) -> tuple[str, ...]:
-    """The metrics worth a row: the chosen one first, then the averages, then every domain."""
+    """Every metric: the chosen one first, then the averages, then every domain."""
+    return self._rows(self.domains)
+
+  @property
+  def shown_rows(self) -> tuple[str, ...]:
+    """The metrics worth a row in a table or picture: `rows` of `shown_domains`."""
+    return self._rows(self.shown_domains)
+
+  def _rows(self, domains: Sequence[str]) -> tuple[str, ...]:
     averages = (self.metric, 'macro_bpb', 'micro_bpb', 'worst_bpb')
-    return tuple(dict.fromkeys((*averages, *(f'bpb/{d}' for d in self.domains))))
+    return tuple(dict.fromkeys((*averages, *(f'bpb/{d}' for d in domains))))
+
+  @functools.cached_property
+  def shown_domains(self) -> tuple[str, ...]:
+    """All domains, or of very many those in which arms differ most, in the corpus's order."""
+    if len(self.domains) <= MAX_DOMAINS:
+      return self.domains
+
+    def spread(domain: str) -> float:
+      means = [arm.mean(f'bpb/{domain}') for arm in self.arms]
+      known = [mean for mean in means if math.isfinite(mean)]
+      return max(known, default=0.0) - min(known, default=0.0)
+
+    chosen = set(sorted(self.domains, key=spread)[-MAX_DOMAINS:])
+    return tuple(domain for domain in self.domains if domain in chosen)
 
   def floor(self, metric: str) -> float:
     """Bits per byte of the byte-bigram model; nan where it does not apply."""

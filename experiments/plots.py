@@ -17,12 +17,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.board import Arm, Board, lookup, metric_title
+from experiments.board import MAX_DOMAINS, Arm, Board, lookup, metric_title
 from experiments.verdict import column
 
 DASHES: tuple[Any, ...] = ('-', (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.5, 1.5)))
 MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
 LINES_BEFORE_REPEAT = 7
+NAMED_LINES = 12  # as many labels as fit at the side of a panel
 DPI = 150
 
 
@@ -64,7 +65,7 @@ def marker_of(index: int) -> str:
 def draw_differences(board: Board, theme: Theme) -> Figure | None:
   """Arm minus baseline, by metric and domain, with 95% intervals."""
   arms = [(i, arm) for i, arm in enumerate(board.arms) if i]
-  metrics = [m for m in board.rows if not m.endswith('_loss')]
+  metrics = [m for m in board.shown_rows if not m.endswith('_loss')]
   drawn = [(i, arm, m, board.difference(arm, m)) for i, arm in arms for m in metrics]
   if not any(result for *_, result in drawn):
     return None
@@ -96,7 +97,7 @@ def draw_differences(board: Board, theme: Theme) -> Figure | None:
 
 
 def draw_rates(board: Board, theme: Theme) -> Figure | None:
-  """The learning-rate grid on the first seed; the chosen rate is ringed, a diverged one is x."""
+  """The learning-rate grid on the seeds that chose; that rate is ringed, a diverged one is x."""
   if all(len(arm.grid) < 2 for arm in board.arms):
     return None
   fig = Figure(figsize=(6.4, 3.5), layout='constrained')
@@ -121,7 +122,7 @@ def draw_rates(board: Board, theme: Theme) -> Figure | None:
   ax.set_xticks(rates, [f'{lr:g}' for lr in rates], minor=False)
   ax.minorticks_off()
   ax.set_xlabel('peak learning rate (log scale)')
-  ax.set_ylabel(f'{metric_title(board.metric)},\nfirst seed')
+  ax.set_ylabel(f'{metric_title(board.metric)},\nmean over the seeds that chose')
   ax.grid(axis='y')
   label_ends(ax, ends)
   return fig
@@ -129,7 +130,7 @@ def draw_rates(board: Board, theme: Theme) -> Figure | None:
 
 def draw_curves(board: Board, theme: Theme) -> Figure | None:
   """Validation bits per byte over training: the macro average and every domain, with its floor."""
-  metrics = ['macro_bpb', *(f'bpb/{domain}' for domain in board.domains)]
+  metrics = ['macro_bpb', *(f'bpb/{domain}' for domain in board.shown_domains)]
   if not any(run.rows('eval') for arm in board.arms for run in arm.runs):
     return None
   fig, panels = small_multiples(len(metrics))
@@ -186,22 +187,33 @@ def draw_by_domain(
   title: str,
   neutral: float,
 ) -> Figure | None:
-  """A number of every domain over training, one panel for each arm."""
+  """A number of every domain over training, one panel for each arm.
+
+  Of very many domains a panel names those that end farthest from neutral; the others are faint.
+  """
   if not arms:
     return None
   fig, panels = small_multiples(len(arms), columns=2, size=(4.6, 3.1))
   for ax, arm in zip(panels, arms):
+    lines = {}
+    for domain in board.domains:
+      steps, curves = seed_curves(arm, 'train', lambda row, d=domain: value(row, d))
+      if len(steps):
+        lines[domain] = steps, smooth(curves.mean(0))
+    named = set(sorted(lines, key=lambda d: abs(lines[d][1][-1] - neutral))[-NAMED_LINES:])
     ends = []
     for i, domain in enumerate(board.domains):
-      steps, curves = seed_curves(arm, 'train', lambda row, d=domain: value(row, d))
-      if not len(steps):
+      if domain not in lines:
         continue
-      curve = smooth(curves.mean(0))
       style = style_of(i, theme)
-      ax.plot(steps, curve, lw=1.6, **style)
-      ends.append((steps[-1], curve[-1], domain, style['color']))
+      if domain in named:
+        ax.plot(*lines[domain], lw=1.6, **style)
+        ends.append((lines[domain][0][-1], lines[domain][1][-1], domain, style['color']))
+      else:
+        ax.plot(*lines[domain], lw=0.6, color=theme.faint, alpha=0.6)
     ax.axhline(neutral, color=theme.faint, lw=1)
-    ax.set_title(arm.name)
+    others = len(lines) - len(named)
+    ax.set_title(f'{arm.name} (and {others:,} more)' if others else arm.name)
     ax.grid(axis='y')
     label_ends(ax, ends)
   frame(fig, panels, 'optimizer step', title, legend=False)
@@ -220,9 +232,14 @@ def draw_epochs(board: Board, theme: Theme) -> Figure | None:
       for _, arm in arms
     ]
   )
-  if not epochs.size or np.ptp(epochs, axis=0).max() <= 0.05 * epochs.max():
+  if not epochs.size:
     return None
-  fig = Figure(figsize=(8, 1.2 + 0.34 * len(board.domains)), layout='constrained')
+  # Of very many domains, those that some arm repeats most.
+  shown = np.sort(np.argsort(-epochs.max(0))[:MAX_DOMAINS])
+  domains, epochs = [board.domains[g] for g in shown], epochs[:, shown]
+  if np.ptp(epochs, axis=0).max() <= 0.05 * epochs.max():
+    return None
+  fig = Figure(figsize=(8, 1.2 + 0.34 * len(domains)), layout='constrained')
   ax = fig.subplots()
   for (i, arm), values in zip(arms, epochs):
     offset = (i - (len(board.arms) - 1) / 2) * 0.6 / len(board.arms)
@@ -232,7 +249,7 @@ def draw_epochs(board: Board, theme: Theme) -> Figure | None:
     )  # fmt: skip
   if epochs.max() > 1:
     ax.axvline(1, color=theme.faint, lw=1)
-  ax.set_yticks(range(len(board.domains)), board.domains)
+  ax.set_yticks(range(len(domains)), domains)
   ax.invert_yaxis()
   ax.set_xlim(0, None)
   ax.grid(axis='x')

@@ -182,13 +182,13 @@ def unfinished_sentences(board: Board) -> list[str]:
 
 def numbers_section(board: Board) -> Html:
   """Means and paired differences as tables."""
-  header = ['', 'learning rate', 'seeds', *(column(metric) for metric in board.rows)]
+  header = ['', 'learning rate', 'seeds', *(column(metric) for metric in board.shown_rows)]
   means = [
     [arm.name, 'diverged' if arm.lr is None else f'{arm.lr:g}', seeds_cell(arm)]
-    + [number(arm.mean(metric)) for metric in board.rows]
+    + [number(arm.mean(metric)) for metric in board.shown_rows]
     for arm in board.arms
   ]
-  floors = [number(board.floor(metric)) for metric in board.rows]
+  floors = [number(board.floor(metric)) for metric in board.shown_rows]
   if any(cell != '-' for cell in floors):
     means.append(['byte bigram', '', '', *floors])
   parts = [
@@ -204,7 +204,7 @@ def numbers_section(board: Board) -> Html:
   if arms:
     rows = [
       [column(metric), *(difference_cell(board, arm, metric) for arm in arms)]
-      for metric in board.rows
+      for metric in board.shown_rows
     ]
     parts += [
       tag(

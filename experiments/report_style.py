@@ -1,9 +1,9 @@
 """The report's looks and its standing caveats."""
 
 LIMITS = (
-  'The learning rate of every arm was picked on the first seed, by the number that is reported and '
-  'on the same validation text, and that run is among the averaged ones. This flatters every arm '
-  'a little, and alike.',
+  'The learning rate of every arm was picked by the number that is reported, on the same '
+  'validation text and on seeds that are among the averaged ones. This flatters every arm a '
+  'little, and alike.',
   'Each interval stands alone. With many arms and domains, about one in twenty excludes zero by '
   'chance.',
   'Intervals describe the spread over seeds (initialization and batch order). They say nothing '

@@ -118,6 +118,16 @@ def floor_sentence(board: Board) -> str:
   )
 
 
+def shown_sentence(board: Board) -> str:
+  """Which domains the tables leave out; '' where they show all."""
+  if len(board.shown_domains) == len(board.domains):
+    return ''
+  return (
+    f'Of {len(board.domains):,} domains the {len(board.shown_domains)} in which the arms differ '
+    'most are shown; compare.json has all.'
+  )
+
+
 def edge_sentences(board: Board) -> list[str]:
   """One warning for each arm whose best learning rate is the grid's last."""
   return [
@@ -130,17 +140,17 @@ def edge_sentences(board: Board) -> list[str]:
 
 def means_table(board: Board) -> str:
   """Mean final value of every arm, and the byte-bigram floor."""
-  header = ['arm', 'lr', 'seeds', *(column(metric) for metric in board.rows)]
+  header = ['arm', 'lr', 'seeds', *(column(metric) for metric in board.shown_rows)]
   rows = [
     [
       arm.name,
       '-' if arm.lr is None else f'{arm.lr:g}',
       seeds_cell(arm),
-      *(number(arm.mean(metric)) for metric in board.rows),
+      *(number(arm.mean(metric)) for metric in board.shown_rows),
     ]
     for arm in board.arms
   ]
-  floors = [number(board.floor(metric)) for metric in board.rows]
+  floors = [number(board.floor(metric)) for metric in board.shown_rows]
   if any(cell != '-' for cell in floors):
     rows.append(['byte bigram', '', '', *floors])
   return format_table(header, rows)
@@ -152,7 +162,7 @@ def differences_table(board: Board) -> str:
   header = ['', *(arm.name for arm in arms)]
   rows = [
     [column(metric), *(difference_cell(board.difference(arm, metric)) for arm in arms)]
-    for metric in board.rows
+    for metric in board.shown_rows
   ]
   return format_table(header, rows)
 
@@ -174,7 +184,8 @@ def seeds_cell(arm: Arm) -> str:
 
 def board_text(board: Board) -> str:
   """Everything a terminal gets to see."""
-  lines = [wrap(tier_sentence(board)), wrap(floor_sentence(board)), '', means_table(board), '']
+  said = (tier_sentence(board), floor_sentence(board), shown_sentence(board))
+  lines = [*map(wrap, filter(None, said)), '', means_table(board), '']
   if len(board.arms) > 1:
     lines += [
       wrap(

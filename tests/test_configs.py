@@ -22,6 +22,8 @@ SPECS = [
   'gpt2.py:size=209m',
   'gpt2.py:size=294m,weighting=uniform',
   'gpt2.py:evidence',
+  'mixtures.py',
+  'mixtures.py:steps=1465,temperature=0.4',
   'languages.py',
   'languages.py:tau=3,epochs=4,steps=300',
   'specialise.py:target=qa',

@@ -13,7 +13,7 @@ from configs import common
 from experiments import board as board_lib
 from experiments import compare, files, movers, plots, report, report_documents, verdict
 from experiments.errors import UserError
-from tests.experiments.fake_runs import FakeTrain, write_jsonl
+from tests.experiments.fake_runs import DOMAINS, FakeTrain, write_jsonl
 
 HOSTILE = '<script>alert(1)</script> & see https://example.org/x.png "quoted"'
 
@@ -161,6 +161,26 @@ def test_pictures_of_mixtures(tmp_path):
   text = report.write(board, tmp_path, hostile).read_text(encoding='utf-8')
   for title in ('How the mixture changed', 'Epochs consumed', 'Which domains pull alike'):
     assert title in text
+
+
+def test_of_very_many_domains_those_are_shown_in_which_arms_differ_most(tmp_path, monkeypatch):
+  """Tables, pictures and the sentence that says so; the record keeps all."""
+  board = make_board(tmp_path)
+  assert board.shown_domains == board.domains == DOMAINS
+  assert verdict.shown_sentence(board) == ''
+  monkeypatch.setattr(board_lib, 'MAX_DOMAINS', 2)
+  monkeypatch.setattr(plots, 'MAX_DOMAINS', 2)
+  monkeypatch.setattr(plots, 'NAMED_LINES', 2)
+  board = board_lib.load_board([tmp_path])
+  assert board.shown_domains == ('prose', 'tables')  # where the effects of linupper:1 are largest
+  text = verdict.board_text(board)
+  assert 'Of 4 domains the 2 in which the arms differ most are shown' in text
+  assert 'prose' in text
+  assert ' docs' not in verdict.means_table(board) + verdict.differences_table(board)
+  assert 'bpb/docs' in compare.record(board)['arms'][0]['values']
+  weights = plots.draw_domain_weights(board, plots.LIGHT)
+  assert any('(and 2 more)' in ax.get_title() + ax.get_title('left') for ax in weights.axes)
+  report.write(board, tmp_path)
 
 
 @pytest.mark.parametrize('missing', ['metrics.jsonl', 'examples.jsonl', 'config.json'])
