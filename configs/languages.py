@@ -25,9 +25,8 @@ _SWITCHES = dict(path='', steps=1000, batch=8, lr=3e-3, tau=5.0, epochs=2.0, see
 
 def get_config(arg=''):
   switches = common.parse_arg(arg, **_SWITCHES)
-  config = lm.get_config(f'path={switches.path},steps={switches.steps},batch={switches.batch}')
-  config.seed = switches.seed
-  config.optim.lr = switches.lr
+  shared = ('path', 'steps', 'batch', 'lr', 'seed')
+  config = lm.get_config(','.join(f'{name}={switches[name]}' for name in shared))
   config.eval.every = max(1, switches.steps // 4)
   config.checkpoint.every = max(1, switches.steps // 2)
   config.log.examples_every = 0

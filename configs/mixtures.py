@@ -25,9 +25,8 @@ _SWITCHES = dict(path='', steps=500, batch=16, lr=3e-3, temperature=1.0, seed=0,
 
 def get_config(arg=''):
   switches = common.parse_arg(arg, **_SWITCHES)
-  config = lm.get_config(f'path={switches.path},steps={switches.steps},batch={switches.batch}')
-  config.seed = switches.seed
-  config.optim.lr = switches.lr
+  shared = ('path', 'steps', 'batch', 'lr', 'seed')
+  config = lm.get_config(','.join(f'{name}={switches[name]}' for name in shared))
   config.eval.every = max(1, switches.steps // 2)
   config.checkpoint.every = max(1, switches.steps // 2)
   return common.quick(config) if switches.quick else config

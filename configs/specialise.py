@@ -45,9 +45,8 @@ def _switches(arg):
 
 def get_config(arg=''):
   switches = _switches(arg)
-  config = lm.get_config(f'path={switches.path},steps={switches.steps},batch={switches.batch}')
-  config.seed = switches.seed
-  config.optim.lr = switches.lr
+  shared = ('path', 'steps', 'batch', 'lr', 'seed')
+  config = lm.get_config(','.join(f'{name}={switches[name]}' for name in shared))
   config.data.mixture = f'uniform except {switches.target}'
   config.eval.every = max(1, switches.steps // 2)
   config.checkpoint.every = max(1, switches.steps // 2)

@@ -86,7 +86,7 @@ class Run:
     return self.result is not None or self.diverged
 
   def value(self, metric: str) -> float:
-    """The final value of 'macro_bpb', ... or 'bpb/<domain>'.
+    """The final value of 'macro_bpb', ..., 'bpb/<domain>' or, their mean, 'bpb/<domain>+<domain>'.
 
     inf if the run diverged (or finished without a finite number), nan if it is unfinished.
     """
@@ -198,7 +198,7 @@ class Board:
     """Bits per byte of the byte-bigram model; nan where it does not apply."""
     floors = next((r['bigram_floor'] for r in self.results if r.get('bigram_floor')), {})
     if metric.startswith('bpb/'):
-      return float(floors.get(metric.removeprefix('bpb/'), math.nan))
+      return lookup({'bpb': floors}, metric)
     if not floors or metric not in ('macro_bpb', 'worst_bpb'):
       return math.nan
     values = list(floors.values())
@@ -288,11 +288,18 @@ def _stage_label(spec: dict[str, Any], fallback: str) -> str:
 
 
 def lookup(row: dict[str, Any], path: str) -> float:
-  """row['bpb']['web'] for 'bpb/web', row['loss'] for 'loss'; nan if absent or null."""
+  """row['bpb']['web'] for 'bpb/web', row['loss'] for 'loss'; nan if absent or null.
+
+  'bpb/web+qa' is the mean of the two.
+  """
   group, _, name = path.partition('/')
   found = row.get(group)
   if name:
-    found = found.get(name) if isinstance(found, dict) else None
+    found = found if isinstance(found, dict) else {}
+    if '+' in name and name not in found:
+      names = name.split('+')
+      return sum(lookup(row, f'{group}/{each}') for each in names) / len(names)
+    found = found.get(name)
   return float(found) if isinstance(found, (int, float)) else math.nan
 
 

@@ -116,7 +116,8 @@ def make_plan(
   if not 1 <= tune_seeds <= seeds:
     raise UserError(f'--tune_seeds={tune_seeds}: must be from 1 to the number of --seeds={seeds}')
   if metric not in METRICS and not metric.startswith('bpb/'):
-    raise UserError(f'--metric={metric}: must be one of {", ".join(METRICS)}, or bpb/<domain>')
+    known = ', '.join(METRICS)
+    raise UserError(f'--metric={metric}: must be one of {known}, or bpb/<domain>[+<domain>]')
   plan = Plan(
     config=config,
     weightings=split_list('--weightings', weightings, 'uniform,linupper:0.4'),
@@ -391,7 +392,8 @@ def define_flags() -> None:
   flags.DEFINE_string('lrs', None, 'peak learning rates to try; default: the one of the config')
   flags.DEFINE_integer('seeds', 3, 'paired seeds of every arm, from config.seed on')
   flags.DEFINE_integer('tune_seeds', 1, 'how many of them choose the learning rate, by their mean')
-  flags.DEFINE_string('metric', 'macro_bpb', f'{", ".join(METRICS)} or bpb/<domain>')
+  known = ', '.join(METRICS)
+  flags.DEFINE_string('metric', 'macro_bpb', f'{known} or bpb/<domain>[+<domain>], their mean')
   flags.DEFINE_integer('jobs', 1, 'runs at once, in processes of their own', lower_bound=1)
   flags.DEFINE_string('workdir', '', 'where runs and report go; the same one to continue')
 

@@ -1,13 +1,11 @@
-"""The mixture of a run: which method, and how its q reaches the planner."""
+"""The mixture of a run: which method, what it is told of the run, and what it recommends."""
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import inspect
 import math
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +14,7 @@ import numpy as np
 import jaxrw
 from experiments import config as config_lib
 from experiments.data import mixture as mixture_lib
-from experiments.data import pipeline, readers, resemblance
+from experiments.data import readers, resemblance
 from experiments.data.corpus import Corpus
 from experiments.errors import UserError
 from jaxrw import mixtures
@@ -346,69 +344,6 @@ def summarize(mixture: mixtures.Mixture, state: mixtures.MixingState) -> dict[st
   """
   q, p = mixture.proportions(state.mixture), mixture.objective(state.mixture)
   return {'proportions': q, 'objective': p, 'noise': mixtures.second_moment_ratio(p, q)}
-
-
-# From the step to the planner ---------------------------------------------------------------------
-
-
-class Live:
-  """Hands q of finished steps to the planner, `lag` steps later; see `mixtures.mixing`.
-
-  The train loop publishes arrays that may still be computed; whoever plans, in a thread of its own,
-  waits for the one of `lag` steps ago. So the loop never waits, and a plan never depends on how
-  far ahead batches are read.
-  """
-
-  def __init__(self, lag: int):
-    self._lag = lag
-    self._known: dict[int, Any] = {}  # batch -> q
-    self._changed = threading.Condition()
-    self._closed = False
-
-  def start(self, step: int, queue: Any) -> None:
-    """Takes over what `step` finished steps have left in the queue of the mixture's stage."""
-    rows = np.asarray(queue)
-    with self._changed:
-      self._known = {step + i: row for i, row in enumerate(rows)}
-      self._changed.notify_all()
-
-  def publish(self, step: int, proportions: jax.Array) -> None:
-    """Takes q after step `step`, counted from 0."""
-    proportions.copy_to_host_async()
-    with self._changed:
-      self._known[step + self._lag] = proportions
-      self._changed.notify_all()
-
-  def __call__(self, batch: int) -> np.ndarray:
-    """q for a batch, counted from 0; waits until it is known.
-
-    Raises:
-      pipeline.Closed: the run is over.
-    """
-    with self._changed:
-      self._changed.wait_for(lambda: self._closed or batch in self._known)
-      if self._closed:
-        raise pipeline.Closed
-      proportions = self._known.pop(batch)
-    return np.asarray(proportions)
-
-  def close(self) -> None:
-    with self._changed:
-      self._closed = True
-      self._changed.notify_all()
-
-
-@contextlib.contextmanager
-def live_feed(config: Any) -> Iterator[Live | None]:
-  """The feed of a run whose sampling its mixture decides; None for others."""
-  if not config.mixture.fn:
-    yield None
-    return
-  feed = Live(config.mixture.lag)
-  try:
-    yield feed
-  finally:
-    feed.close()
 
 
 def answer(mixture: mixtures.Mixture, state: Any, mode: str) -> np.ndarray:

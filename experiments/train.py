@@ -24,7 +24,7 @@ import optax
 import jaxrw
 from experiments import checkpoints as checkpoints_lib
 from experiments import config as config_lib
-from experiments import files, mixing, optim, signals
+from experiments import files, live_feed, mixing, optim, signals
 from experiments import mesh as mesh_lib
 from experiments.data import corpus as corpus_lib
 from experiments.data import mixture as mixture_lib
@@ -254,7 +254,7 @@ def _train(run: Run, workdir: Path, primary: bool) -> dict:
   for remark in remarks(run):
     say(f'note: {remark}')
   with (
-    mixing.live_feed(config) as live,
+    live_feed.live_feed(config) as live,
     checkpoints_lib.Checkpoints(workdir / 'checkpoints', keep=config.checkpoint.keep) as saver,
     contextlib.ExitStack() as stack,
   ):

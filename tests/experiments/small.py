@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +57,16 @@ def interrupted_after(step, monkeypatch):
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     patch.setattr(checkpoints.Checkpoints, 'save', save_then_stop)
     yield
+
+
+def program(module: str, corpus: Path, workdir: Path, *flags: str) -> subprocess.CompletedProcess:
+  """Runs a program on four tiny steps of `write_corpus`, as a user does."""
+  return subprocess.run(
+    [
+      *(sys.executable, '-m', module, f'--workdir={workdir}'),
+      *(f'--config=configs/lm.py:path={corpus},quick', '--noconfig.model.scan', *flags),
+    ],
+    env={**os.environ, 'JAX_NUM_CPU_DEVICES': '1', 'JAXRW_DATA': f'{workdir}-data'},
+    capture_output=True,
+    text=True,
+  )

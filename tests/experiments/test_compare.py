@@ -15,7 +15,7 @@ from experiments import board as board_lib
 from experiments import compare, files, verdict
 from experiments.errors import NonFiniteError, UserError
 from tests.experiments import small
-from tests.experiments.fake_runs import DOMAINS, FakeTrain, final_bpb
+from tests.experiments.fake_runs import DOMAINS, FLOOR, FakeTrain, final_bpb
 
 
 def make_plan(folder, weightings='uniform,linupper:1.0', lrs='1e-3,3e-3,1e-2', seeds=3, **kwargs):
@@ -55,6 +55,17 @@ def test_the_rate_may_be_picked_by_one_domain(tmp_path):
   board = compare.compare(make_plan(tmp_path, metric=f'bpb/{DOMAINS[1]}'), FakeTrain())
   text = verdict.board_text(board)
   assert f'bits per byte of {DOMAINS[1]}' in text
+
+
+def test_the_mean_of_some_domains_is_a_metric(tmp_path):
+  several = compare.compare(make_plan(tmp_path, metric='bpb/code+docs'), FakeTrain())
+  arm = several.arms[1]
+  parts = [arm.values(f'bpb/{name}') for name in ('code', 'docs')]
+  for seed, value in arm.values('bpb/code+docs').items():
+    assert value == pytest.approx((parts[0][seed] + parts[1][seed]) / 2)
+  assert several.floor('bpb/code+docs') == pytest.approx((FLOOR['code'] + FLOOR['docs']) / 2)
+  assert math.isnan(several.floor('bpb/code+dogs'))
+  assert 'bits per byte of code+docs' in verdict.board_text(several)
 
 
 def test_only_weighting_rate_and_seed_differ_between_units(tmp_path):

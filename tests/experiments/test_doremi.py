@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
@@ -18,20 +14,12 @@ def corpus(tmp_path_factory):
   return small.write_corpus(tmp_path_factory.mktemp('corpus'))
 
 
-def command(corpus, workdir, *flags):
-  return subprocess.run(
-    [
-      *(sys.executable, '-m', 'experiments.doremi', f'--workdir={workdir}'),
-      *(f'--config=configs/lm.py:path={corpus},quick', *flags),
-    ],
-    env={**os.environ, 'JAX_NUM_CPU_DEVICES': '1', 'JAXRW_DATA': f'{workdir}-data'},
-    capture_output=True,
-    text=True,
-  )
+def command(*arguments):
+  return small.program('experiments.doremi', *arguments)
 
 
 def test_three_stages_and_a_second_call_that_trains_nothing(corpus, tmp_path):
-  flags = ('--rate=5', '--larger=model.n_embd=48', '--seeds=1', '--noconfig.model.scan')
+  flags = ('--rate=5', '--larger=model.n_embd=48', '--seeds=1')
   done = command(corpus, tmp_path / 'run', *flags)
   assert done.returncode == 0, done.stderr
   proxy = files.read_json(tmp_path / 'run/proxy/config.json')

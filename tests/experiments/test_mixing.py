@@ -12,7 +12,7 @@ import pytest
 
 import jaxrw
 from configs import common
-from experiments import compiled, domain_reader, files, metrics, mixing, train
+from experiments import compiled, domain_reader, files, live_feed, metrics, mixing, train
 from experiments.data import mixture as mixture_lib
 from experiments.data import pipeline
 from experiments.errors import UserError
@@ -383,7 +383,7 @@ def test_alignment_with_all_domains_costs_one_gradient(num_domains):
 
 
 def test_the_feed_waits_for_the_step_it_needs_and_for_no_other():
-  feed, got = mixing.Live(lag=2), []
+  feed, got = live_feed.Live(lag=2), []
   feed.start(10, np.array([[0.1, 0.9], [0.2, 0.8]]))
   reader = threading.Thread(target=lambda: got.extend(feed(batch)[0] for batch in range(10, 14)))
   reader.start()
@@ -396,7 +396,7 @@ def test_the_feed_waits_for_the_step_it_needs_and_for_no_other():
 
 
 def test_closing_the_feed_ends_the_batches():
-  feed = mixing.Live(lag=1)
+  feed = live_feed.Live(lag=1)
   plans = pipeline._Plans(Planner([4], 2, [1.0], 0), 'fingerprint', feed)
   reader = threading.Thread(target=lambda: list(plans))
   reader.start()
@@ -406,7 +406,7 @@ def test_closing_the_feed_ends_the_batches():
 
 
 def test_a_method_that_asks_for_the_impossible_is_one_line():
-  feed = mixing.Live(lag=1)
+  feed = live_feed.Live(lag=1)
   feed.start(0, np.array([[np.nan, 1.0]]))
   plans = pipeline._Plans(Planner([4, 4], 2, [1.0, 1.0], 0), 'fingerprint', feed)
   with pytest.raises(UserError, match='proportions must be finite'):

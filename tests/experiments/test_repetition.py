@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
@@ -111,14 +107,9 @@ def test_pools_must_be_equally_large(tmp_path):
 
 def test_the_command_and_a_second_one_that_trains_nothing(tmp_path):
   folder = small.write_corpus(tmp_path / 'text')
-  command = [
-    *(sys.executable, '-m', 'experiments.repetition', f'--workdir={tmp_path / "run"}'),
-    *(f'--config=configs/lm.py:path={folder},quick', '--pools=easy,hard', '--target=hard'),
-    *('--bytes=1000', '--seeds=1', '--config.total_steps=32', '--config.model.n_layer=1'),
-    *('--noconfig.model.scan', '--noconfig.log.tensorboard'),
-  ]
-  env = {**os.environ, 'JAX_NUM_CPU_DEVICES': '1', 'JAXRW_DATA': str(tmp_path / 'data')}
-  run = lambda: subprocess.run(command, env=env, capture_output=True, text=True)
+  flags = ('--pools=easy,hard', '--target=hard', '--bytes=1000', '--seeds=1')
+  config = ('--config.total_steps=32', '--config.model.n_layer=1', '--noconfig.log.tensorboard')
+  run = lambda: small.program('experiments.repetition', folder, tmp_path / 'run', *flags, *config)
   done = run()
   assert done.returncode == 0, done.stderr
   assert 'measured / predicted' in done.stdout

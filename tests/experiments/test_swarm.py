@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
@@ -21,16 +17,8 @@ def corpus(tmp_path_factory):
 
 
 def command(corpus, workdir, *flags):
-  return subprocess.run(
-    [
-      *(sys.executable, '-m', 'experiments.regmix.swarm', f'--workdir={workdir}'),
-      *(f'--config=configs/lm.py:path={corpus},quick', '--config.model.n_layer=1', *flags),
-      *('--noconfig.model.scan', '--noconfig.log.tensorboard'),
-    ],
-    env={**os.environ, 'JAX_NUM_CPU_DEVICES': '1', 'JAXRW_DATA': f'{workdir}-data'},
-    capture_output=True,
-    text=True,
-  )
+  flags = ('--config.model.n_layer=1', '--noconfig.log.tensorboard', *flags)
+  return small.program('experiments.regmix.swarm', corpus, workdir, *flags)
 
 
 def test_a_larger_swarm_goes_on_where_a_smaller_one_ended(corpus, tmp_path):
