@@ -29,7 +29,7 @@ FLAGS = flags.FLAGS
 MIXTURES = (
   'group_dro:mode=weigh:rate=0.01',
   'odm',
-  'ado',
+  'ado:start_step=150:fit_every=50:ignore=50:thinning=2',
   'cooldown:switch_step=250',
   'dga:rate=1:every=100:rows=1:target_rows=8',
   'doge:mode=weigh:every=100:rows=1:target_rows=8',
@@ -141,7 +141,7 @@ def _share(part: np.ndarray, whole: np.ndarray) -> Share:
 
 def format_costs(milliseconds: float, costs: list[Cost]) -> str:
   """The table that is printed."""
-  percent = lambda s: f'{s.mean:.3%} [{s.low:.3%}, {s.high:.3%}]'
+  percent = lambda s: f'{s.mean:.4%} [{s.low:.4%}, {s.high:.4%}]'
   rows = [
     (
       cost.mixture,

@@ -10,6 +10,7 @@ from experiments.data.corpus import Corpus
 
 ORDERS = (1, 2, 3)  # n-grams of tokens
 BUCKETS = 4096  # that they are hashed into
+_BLOCKS = 2**16  # to read of all domains together
 _FACTOR = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads consecutive numbers
 
 
@@ -37,7 +38,7 @@ def profiles(tokens: np.ndarray, base: np.ndarray) -> np.ndarray:
 
 
 def nearest_domains(
-  corpus: Corpus, example_ids: Sequence[int] | np.ndarray, among: np.ndarray, blocks: int = 256
+  corpus: Corpus, example_ids: Sequence[int] | np.ndarray, among: np.ndarray, blocks: int = 0
 ) -> np.ndarray:
   """The domain whose mean profile is nearest to that of each training block, int64[N].
 
@@ -45,11 +46,13 @@ def nearest_domains(
     corpus: of the blocks.
     example_ids: the blocks.
     among: bool[K], the domains to choose from.
-    blocks: of each domain, spread evenly over it, that its mean is taken of.
+    blocks: of each domain, spread evenly over it, that its mean is taken of; 0: 256, and fewer of
+      hundreds of domains, but at least 16.
   """
   rows = corpus.rows('train', example_ids)
   found = profiles(rows['tokens'], rows['base'])
   candidates = np.flatnonzero(among)
+  blocks = blocks or int(np.clip(_BLOCKS // len(candidates), 16, 256))
   sizes, offsets = corpus.sizes('train'), corpus.offsets('train')
   best = np.full(found.shape[0], -np.inf)
   nearest = np.zeros(found.shape[0], np.int64)
