@@ -508,8 +508,10 @@ def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
   heights = [end[1] for end in ends]
   for i in range(1, len(heights)):
     heights[i] = max(heights[i], heights[i - 1] + gap)
-  overflow = max(0.0, heights[-1] - high)
-  heights = [h - overflow for h in heights]
+  ceiling = high
+  for i in reversed(range(len(heights))):  # those that were moved out come back, and no others
+    heights[i] = min(heights[i], ceiling)
+    ceiling = heights[i] - gap
   for (x, y, name, color), height in zip(ends, heights):
     ax.annotate(
       name, (x, y), xytext=(1.02, height), textcoords=ax.get_yaxis_transform(), va='center',

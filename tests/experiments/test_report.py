@@ -7,7 +7,9 @@ import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from configs import common
 from experiments import board as board_lib
@@ -123,6 +125,17 @@ def test_figures_are_written_beside_the_page(page):
 def test_no_two_of_many_lines_look_alike():
   styles = [plots.style_of(i, plots.LIGHT) for i in range(28)]
   assert len({(s['color'], str(s['linestyle'])) for s in styles}) == 28
+
+
+def test_labels_at_the_ends_of_lines_do_not_overlap_and_stay_where_there_is_room():
+  """Nine lines end together at the top, one far below: only those that crowd move."""
+  ax = Figure().subplots()
+  ax.set_ylim(0, 1)
+  plots.label_ends(ax, [(1, 0.1, 'low', 'k'), *[(1, 0.95, f'{i}', 'k') for i in range(9)]])
+  heights = sorted(text.get_position()[1] for text in ax.texts)
+  assert heights[0] == 0.1
+  assert heights[-1] == 1
+  assert np.diff(heights).min() >= 0.0749
 
 
 def test_arms_of_different_cost_have_a_frontier(tmp_path):
