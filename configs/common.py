@@ -87,8 +87,8 @@ def base_config() -> ConfigDict:
   # nothing does), args hold what it takes. mode 'sample': it decides what is drawn, `lag` steps
   # later, so that no step waits; 'weigh': data.mixture is drawn, and it decides what counts for how
   # much in the loss. It moves every `every` steps; methods that follow gradients read `rows` blocks
-  # of each domain then, and target_rows of the `target` domains (empty: all), out of the first
-  # target_blocks (0: all). max_epochs: how often any block may be drawn; 0: as often as it comes.
+  # of each domain then, and target_rows of the `target` domains (empty: all), out of target_blocks
+  # blocks spread over each (0: all). max_epochs: how often any block may be drawn; 0: no limit.
   config.mixture = ConfigDict(
     dict(
       fn='',

@@ -12,7 +12,8 @@ Expected: at this size, nothing that is better than equal shares in the average;
 The arms that it brings: stratified (every domain alike, the baseline), natural (by size),
 group_dro, odm, dga and doge (towards the mean of all domains), ado, aioli; and the combination of
 the core paper, domain weights x example weights: linupper, linupper_group_dro, linupper_doge.
-DoReMi needs a reference and a second model: `experiments.doremi`.
+DoReMi needs a reference and a second model: `experiments.doremi`. Aioli's bursts must fit into a
+fifth of the run: at least 40 (domains + 2) steps.
 
 Switches: path (a folder of text; empty: the embedded corpus), steps, batch, lr, temperature (of
 LinUpper), seed, quick
@@ -38,7 +39,8 @@ def get_arms(arg=''):
   reads = 'every=10:rows=2:target_rows=16'
   group_dro = 'group_dro:mode=weigh:rate=0.01'
   doge = f'doge:mode=weigh:{reads}'
-  ado = f'ado:start_step={3 * steps // 10}:fit_every={steps // 10}:ignore={steps // 10}:thinning=2'
+  tenth = max(1, steps // 10)
+  ado = f'ado:start_step={3 * steps // 10}:fit_every={tenth}:ignore={tenth}:thinning=2'
   # Five rounds; each domain's bursts, together, take most of one.
   aioli = (
     f'aioli:rate=1.0:round_steps={steps // 5}:rounds_of_bursts=1:burst_steps=8:share=0.75:ema=0.1:'

@@ -182,13 +182,16 @@ class Board:
 
   @functools.cached_property
   def shown_domains(self) -> tuple[str, ...]:
-    """All domains, or of very many those in which arms differ most, in the corpus's order."""
+    """All domains, or of very many those in which arms differ most (a single arm: is worst), in the
+    corpus's order."""
     if len(self.domains) <= MAX_DOMAINS:
       return self.domains
 
     def spread(domain: str) -> float:
       means = [arm.mean(f'bpb/{domain}') for arm in self.arms]
       known = [mean for mean in means if math.isfinite(mean)]
+      if len(self.arms) == 1:
+        return max(known, default=0.0)
       return max(known, default=0.0) - min(known, default=0.0)
 
     chosen = set(sorted(self.domains, key=spread)[-MAX_DOMAINS:])

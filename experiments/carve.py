@@ -83,11 +83,18 @@ def carve(
   if out.exists() and any(out.iterdir()):
     raise UserError(f'--out={out} already holds something; choose a new folder')
   counts: dict[str, dict[str, int]] = {}
+  named_by: dict[str, str] = {}  # a new domain -> the value that named it
   with contextlib.ExitStack() as outputs:
     sinks: dict[str, Any] = {}
     for path, name, split in tqdm(found, desc='carving', unit=' files', disable=None):
       for number, record in _records(path):
-        new = name if not by else _value(record, by, path, number)
+        value = name if not by else _value(record, by, path, number)
+        new = value.replace('.', '_') if by else name  # a domain's name ends at the first dot
+        if named_by.setdefault(new, value) != value:
+          raise UserError(
+            f'{path}, line {number}: {named_by[new]!r} and {value!r} would both be the domain '
+            f'{new!r}'
+          )
         by_split = counts.setdefault(new, dict.fromkeys(SPLITS, 0))
         kept = [record]
         if split == 'train':
@@ -156,7 +163,7 @@ def _value(record: Mapping[str, Any], by: str, path: Path, number: int) -> str:
     raise UserError(
       f'{path}, line {number}: --by={by} needs a text that can name a file there, found {value!r}'
     )
-  return value.replace('.', '_')  # in {domain}.{split}.jsonl the domain ends at the first dot
+  return value
 
 
 def main(_: list[str]) -> None:

@@ -30,8 +30,9 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from absl import flags
@@ -41,11 +42,12 @@ from configs.common import ConfigError, set_arm
 from experiments import cli, files
 from experiments import config as config_lib
 from experiments.board import METRICS, Arm, Board, Run
-from experiments.errors import NonFiniteError, UserError
+from experiments.errors import NonFiniteError, StoppedError, UserError
 from experiments.verdict import arm_verdict, board_text
 
 FLAGS = flags.FLAGS
 TrainFn = Callable[[ConfigDict, str], object]
+_GO_ON = 'the same command goes on with what is left'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +191,18 @@ def compare(plan: Plan, train: TrainFn | None = None, jobs: int = 1) -> Board:
     train: `train(config, folder)`, which leaves a run directory or raises NonFiniteError after
       writing `abort.json` to it; default `experiments.train.train`.
     jobs: how many units run at once, each in a process of its own; 1 runs them in this process.
+
+  Raises:
+    StoppedError: it was asked to stop (SIGTERM); units that were under way have saved.
   """
-  units = Units(plan, train or (default_train() if jobs == 1 else TrainInProcess(plan, jobs)), jobs)
+  from experiments.stopping import StopRequest  # which imports jax
+
+  train = train or (default_train() if jobs == 1 else TrainInProcess(plan, jobs))
+  with StopRequest(children=True) as stop:
+    return _compare(plan, Units(plan, train, jobs, lambda: stop.requested))
+
+
+def _compare(plan: Plan, units: Units) -> Board:
   tuning, others = plan.seeds[: plan.tune_seeds], plan.seeds[plan.tune_seeds :]
   tried: dict[str, dict[float, list[float]]] = {weighting: {} for weighting in plan.weightings}
   tries = [(w, lr, seed) for seed in tuning for lr in plan.lrs for w in plan.weightings]
@@ -297,10 +309,11 @@ def _train_unit(config: str, folder: str, cache: Path, processors: set[int]) -> 
 class Units:
   """Finishes units and says on stderr which, how they went and how long is left."""
 
-  def __init__(self, plan: Plan, train: TrainFn, jobs: int = 1):
+  def __init__(self, plan: Plan, train: TrainFn, jobs: int, stopping: Callable[[], bool]):
     self.plan = plan
     self.train = train
     self.jobs = jobs
+    self.stopping = stopping  # whether the comparison was asked to stop
     self.lock = threading.Lock()
     self.done = 0
     self.total = plan.num_units
@@ -319,6 +332,8 @@ class Units:
     title = f'{arm_name(weighting)}  lr {lr:g}  seed {seed}'
     fresh = not Run(folder).finished
     if fresh:
+      if self.stopping():
+        raise StoppedError(_GO_ON)
       say(f'[{self.done + 1}/{self.total}] {title}  ...{self.time_left()}')
       start = time.monotonic()
       try:
@@ -326,6 +341,10 @@ class Units:
       except NonFiniteError as e:
         if not (folder / 'abort.json').exists():
           files.write_json(folder / 'abort.json', {'message': str(e)})
+      except BrokenProcessPool as error:
+        if self.stopping():  # told before it could listen
+          raise StoppedError(_GO_ON) from error
+        raise
       took = time.monotonic() - start
     run = Run(folder)
     outcome = (
@@ -379,9 +398,18 @@ def record(board: Board) -> dict:
   }
 
 
-def default_arms(spec: str) -> str:
-  """The arms that the config file is made for, or those of the README."""
+def default_arms(overrides: Mapping[str, object], spec: str) -> str:
+  """The arms that the config file is made for, or those of the README.
+
+  Raises:
+    UserError: the file's arms go by its number of steps, which was set elsewhere.
+  """
   arms = config_lib.arms(spec)
+  if arms and 'total_steps' in overrides:
+    raise UserError(
+      f'--config.total_steps={overrides["total_steps"]}: the arms of {spec.partition(":")[0]} have '
+      'schedules in steps; set them in its argument, steps=..., or name arms with --weightings'
+    )
   return ','.join(f'{name}:={arm}' for name, arm in arms.items()) or 'uniform,linupper:0.4'
 
 
@@ -403,7 +431,7 @@ def main(_: list[str]) -> None:
 
   plan = make_plan(
     FLAGS.config,
-    FLAGS.weightings or default_arms(cli.config_origin()[1]),
+    default_arms(*cli.config_origin()) if FLAGS.weightings is None else FLAGS.weightings,
     FLAGS.lrs,
     FLAGS.seeds,
     FLAGS.metric,

@@ -56,7 +56,11 @@ def arms(spec: str) -> dict[str, str]:
   Raises:
     UserError: as `load`.
   """
-  return _call(spec, 'get_arms', lambda arg: {})
+  found = _call(spec, 'get_arms', lambda arg: {})
+  if not isinstance(found, dict) or not all(isinstance(arm, str) for arm in found.values()):
+    path = spec.partition(':')[0]
+    raise UserError(f'{path}: get_arms() must return a dict of names and arms, got {found!r}')
+  return found
 
 
 def _call(spec: str, name: str, default: Callable[[str], Any] | None = None) -> Any:

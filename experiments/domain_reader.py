@@ -53,7 +53,7 @@ class DomainReader:
 
 
 def make_reader(
-  config: Any, corpus: Corpus, shares: np.ndarray, model: gpt2.GPT2Config, mesh: jax.sharding.Mesh
+  config: Any, corpus: Corpus, run: mixing.Context, model: gpt2.GPT2Config, mesh: jax.sharding.Mesh
 ) -> DomainReader | None:
   """The reader that the method of `config.mixture` needs, or None.
 
@@ -66,14 +66,12 @@ def make_reader(
     UserError: an unknown target, or one without blocks.
   """
   name, rows, num_domains = config.mixture.fn, config.mixture.rows, len(corpus.domains)
-  basis = mixing.read_basis(config, corpus, shares) if name in FOLLOW_GRADIENTS else None
   # Fused attention has no forward-mode derivative.
   model = dataclasses.replace(model, dropout=0.0, attention='xla')
-  if basis is None:
-    drawn = _drawer(corpus, shares > 0, rows, config.seed, mesh)
-  else:
-    drawn, num_domains = _basis_drawer(corpus, basis, rows, config.seed, mesh), len(basis)
-  vector = jax.ShapeDtypeStruct((num_domains,), jnp.float32)
+  drawn, groups = _drawer(corpus, run.shares > 0, rows, config.seed, mesh), num_domains
+  if run.basis is not None:
+    drawn, groups = _basis_drawer(corpus, run.basis, rows, config.seed, mesh), len(run.basis)
+  vector = jax.ShapeDtypeStruct((groups,), jnp.float32)
   if name == 'aioli':
     due = mixing.aioli_measures(config, num_domains)
     losses = domain_losses(model, mesh, num_domains)
@@ -82,9 +80,9 @@ def make_reader(
     shapes = {'domain_eval_losses': vector}
   elif name in FOLLOW_GRADIENTS:
     with_norms = name == 'doge' or 'normalize' in config.mixture.args
-    target, every = _target_drawer(config, corpus, shares, mesh), config.mixture.every
+    target, every = _target_drawer(config, corpus, run.shares, mesh), config.mixture.every
     due = lambda steps: steps % every == 0
-    read = make_read(model, mesh, num_domains, rows if with_norms else 0)
+    read = make_read(model, mesh, num_domains, rows if with_norms else 0, groups=groups)
     draw = lambda steps: (drawn(steps // every), target(steps // every))
     shapes = {'domain_alignment': vector}
     if with_norms:
@@ -115,7 +113,12 @@ def domain_losses(
 
 
 def make_read(
-  model: gpt2.GPT2Config, mesh: jax.sharding.Mesh, num_domains: int, rows_for_norms: int = 0
+  model: gpt2.GPT2Config,
+  mesh: jax.sharding.Mesh,
+  num_domains: int,
+  rows_for_norms: int = 0,
+  *,
+  groups: int | None = None,
 ) -> Callable[[Any, Batch, Batch], dict[str, jax.Array]]:
   """(params, batch of the domains, batch of the target) -> alignments, and norms if asked for.
 
@@ -125,17 +128,19 @@ def make_read(
 
   Args:
     model, mesh: of the run.
-    num_domains: G.
+    num_domains: G, of the target's batch and, by default, of the other.
     rows_for_norms: 0 for no norms; else how many rows of each domain follow one another.
+    groups: what `domain_id` of the first batch counts instead of the domains: mixtures of a basis.
   """
-
-  losses_of = domain_losses(model, mesh, num_domains)
+  groups = num_domains if groups is None else groups
+  losses_of = domain_losses(model, mesh, groups)
+  target_losses_of = domain_losses(model, mesh, num_domains)
 
   def target_loss(params, batch):
     """The mean over the target's domains, each counting alike."""
     real = jnp.any(batch['base'] > 0, axis=1).astype(jnp.float32)
     counts = diagnostics.group_sums(real[:, None], batch['domain_id'], num_domains)[:, 0]
-    return masked.mean(losses_of(params, batch), (counts > 0).astype(jnp.float32))
+    return masked.mean(target_losses_of(params, batch), (counts > 0).astype(jnp.float32))
 
   def norm(tree):
     return jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(tree)))
@@ -156,7 +161,7 @@ def make_read(
         parts,
       )
       # A domain's rows are of one part; parts of padding have norm 0.
-      found['domain_grad_norms'] = jnp.zeros(num_domains).at[parts['domain_id'][:, 0]].add(norms)
+      found['domain_grad_norms'] = jnp.zeros(groups).at[parts['domain_id'][:, 0]].add(norms)
       found['target_grad_norm'] = norm(direction)
     return found
 

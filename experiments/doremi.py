@@ -93,6 +93,10 @@ def main(_: list[str]) -> None:
     FLAGS.config, folder, FLAGS.rate, FLAGS.smoothing, FLAGS.larger
   )
   found = folder / 'proxy' / mixing.FILE
+  final_plan = lambda arms: compare.make_plan(
+    final, arms, FLAGS.lrs, FLAGS.seeds, 'macro_bpb', str(folder / 'final'), FLAGS.tune_seeds
+  )
+  final_plan('uniform')  # its mistakes before anything is trained
   from experiments import report, train
 
   cli.use_compilation_cache(folder / '.jax_cache')
@@ -103,15 +107,7 @@ def main(_: list[str]) -> None:
   train.train(proxy, folder / 'proxy')
   train.say(mixture_text(found, train.build(reference).proportions))
   train.say('stage 3 of 3: the final models')
-  plan = compare.make_plan(
-    final,
-    f'{final.data.mixture}:=uniform,doremi:=uniform@data.mixture={found}',
-    FLAGS.lrs,
-    FLAGS.seeds,
-    'macro_bpb',
-    str(folder / 'final'),
-    FLAGS.tune_seeds,
-  )
+  plan = final_plan(f'{final.data.mixture}:=uniform,doremi:=uniform@data.mixture={found}')
   board = compare.compare(plan, jobs=FLAGS.jobs)
   files.write_json(plan.folder / 'compare.json', compare.record(board))
   print(board_text(board), flush=True)

@@ -53,17 +53,22 @@ def describe(run: Run) -> str:
 
 def reading_text(run: Run, step: compiled.Costs) -> list[str]:
   """What the mixture's readings cost beside the steps; nothing where it reads nothing."""
-  reader = run.read_domains
-  if reader is None:
+  if run.read_domains is None:
     return []
-  read = reader.read.lower(run.abstract_state.params, *reader.draw(0)).compile()
-  flops, steps = compiled.costs(read).matmul_flops, run.config.total_steps
-  times = sum(map(reader.due, range(steps)))
+  times, flops = readings(run)
+  steps = run.config.total_steps
   share = times * flops / (steps * step.matmul_flops)
   return [
     f'reading the domains for {run.config.mixture.fn}: {flops:.4g} matmul FLOP, {times:,} times in '
     f'{steps:,} steps: {share:.2%} of the matmul FLOPs of the steps'
   ]
+
+
+def readings(run: Run) -> tuple[int, float]:
+  """(how often the run reads domains for its mixture, matmul FLOPs of one reading)."""
+  reader = run.read_domains
+  read = reader.read.lower(run.abstract_state.params, *reader.draw(0)).compile()
+  return sum(map(reader.due, range(run.config.total_steps))), compiled.costs(read).matmul_flops
 
 
 def step_costs(run: Run) -> compiled.Costs:

@@ -1,4 +1,4 @@
-"""The two ways a program ends that are not a bug: one line is printed, and it exits."""
+"""The ways a program ends early that are not a bug: one line is printed, and it exits."""
 
 
 class UserError(Exception):
@@ -11,3 +11,9 @@ class NonFiniteError(Exception):
   """A loss or gradient was not finite; `abort.json` in the run directory says where."""
 
   exit_status = 3
+
+
+class StoppedError(Exception):
+  """The run was asked to stop, and saved; the same command goes on from there."""
+
+  exit_status = 75  # EX_TEMPFAIL of sysexits.h: try again

@@ -6,9 +6,10 @@ Examples:
   python -m experiments.main --config=configs/quickstart.py --workdir=runs/hot \\
       --config.w.loss.fn=linupper --config.w.loss.temperature=1.0 --config.optim.lr=0.001
 
-The same command resumes a run that was stopped or killed. The run directory holds config.json,
-metrics.jsonl, examples.jsonl (weight and loss of every example), checkpoints/ and, at the end,
-result.json. Exit status: 0 done, 2 a mistake to fix, 3 a loss was not finite (see abort.json).
+The same command resumes a run that was stopped or killed. On SIGTERM, which is how clusters take
+machines back, it saves a checkpoint and ends. The run directory holds config.json, metrics.jsonl,
+examples.jsonl (weight and loss of every example), checkpoints/ and, at the end, result.json. Exit
+status: 0 done, 2 a mistake to fix, 3 a loss was not finite (see abort.json), 75 stopped and saved.
 """
 
 from __future__ import annotations

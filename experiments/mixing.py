@@ -177,7 +177,7 @@ def make_mixture(config: Any, run: Context) -> mixtures.Mixture | None:
   if not name:
     return None
   check_method(name, arguments)
-  left_out = np.any(run.shares == 0)
+  left_out = np.any(run.shares == 0) and run.basis is None  # whose floor is over its mixtures
   spreads = arguments.get('floor') if name != 'ado' else 0
   if left_out and (name in ('odm', 'aioli') or spreads or arguments.get('smoothing')):
     raise UserError(

@@ -122,7 +122,7 @@ def draw_rates(board: Board, theme: Theme) -> Figure | None:
   ax.set_xticks(rates, [f'{lr:g}' for lr in rates], minor=False)
   ax.minorticks_off()
   ax.set_xlabel('peak learning rate (log scale)')
-  ax.set_ylabel(f'{metric_title(board.metric)},\nmean over the seeds that chose')
+  ax.set_ylabel(f'{metric_title(board.metric)},\nmean over the tuning seeds')
   ax.grid(axis='y')
   label_ends(ax, ends)
   return fig
@@ -213,7 +213,7 @@ def draw_by_domain(
         ax.plot(*lines[domain], lw=0.6, color=theme.faint, alpha=0.6)
     ax.axhline(neutral, color=theme.faint, lw=1)
     others = len(lines) - len(named)
-    ax.set_title(f'{arm.name} (and {others:,} more)' if others else arm.name)
+    ax.set_title(f'{arm.name}  (faint: {others:,} more domains)' if others else arm.name)
     ax.grid(axis='y')
     label_ends(ax, ends)
   frame(fig, panels, 'optimizer step', title, legend=False)

@@ -42,9 +42,9 @@ from jaxrw import mixtures
 
 FLAGS = flags.FLAGS
 EVALUATIONS = 32
-# The law counts examples in units of 100,000, and the paper's pools have 12.8M. With one scale for
-# all pools this is more than a unit: after one of it, all pools are alike. Pools of any size are
-# told to the law as if they had that many.
+# The law counts examples in units of 100,000, and the paper's pools have 12.8M. Where pools share a
+# scale, the unit matters: after one unit of examples their curves meet. So pools of any size are
+# told to the law as if they had as many examples as the paper's.
 _PAPERS_POOL = 12.8e6
 _EQUAL = 1.1  # pools whose sizes differ by less than this factor are equally large, as the law asks
 
@@ -143,11 +143,10 @@ def train_arms(
   config: ConfigDict, arms: dict[str, Sequence[str]], seeds: int, folder: Path, jobs: int
 ) -> Board:
   """A board with a run for each arm, {name: the domains it is trained on}, and seed."""
-  others = lambda pools: '+'.join(d for d in config.data.domains if d not in pools)
-  mixture = lambda pools: f'uniform except {left}' if (left := others(pools)) else 'uniform'
+  shares = lambda pools: ','.join(f'{name}=1' for name in pools)
   plan = compare.Plan(
     config=config,
-    weightings=tuple(f'{n}:=uniform@data.mixture={mixture(p)}' for n, p in arms.items()),
+    weightings=tuple(f'{n}:=uniform@data.mixture={shares(p)}' for n, p in arms.items()),
     lrs=(config.optim.lr,),
     seeds=tuple(range(config.seed, config.seed + seeds)),
     metric='macro_bpb',
@@ -266,7 +265,9 @@ def claims(study: Study) -> list[str]:
   """What the runs say of each claim of the paper."""
   found, index = measured(study), at(study)
   best, chosen = found.argmin(0), study.predicted.argmin(0)
-  lines = [f'the law fits each pool alone: {study.law.residual:.3f} bits per byte off on average']
+  lines = [
+    f'the law fits each pool alone: {study.law.residual:.3f} bits per byte off (root mean square)'
+  ]
   # The law has seen no mixture. Without it one might take the mean of what its pools do alone.
   pools = np.array([curve.errors.mean(0) for curve in study.alone])
   guess = np.cumsum(pools, axis=0) / np.arange(1, len(pools) + 1)[:, None]

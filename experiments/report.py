@@ -32,6 +32,7 @@ from experiments.verdict import (
   floor_sentence,
   number,
   seeds_cell,
+  shown_sentence,
   tier_sentence,
 )
 
@@ -198,6 +199,7 @@ def numbers_section(board: Board) -> Html:
       'Final validation bits per byte (columns named loss: nats per token), mean over '
       'seeds; lower is better.',
     ),
+    tag('p', shown_sentence(board)),
     table(header, means),
   ]
   arms = board.arms[1:]

@@ -30,9 +30,11 @@ from experiments.data import corpus as corpus_lib
 from experiments.data import mixture as mixture_lib
 from experiments.data import pipeline
 from experiments.domain_reader import DomainReader, make_reader
+from experiments.errors import StoppedError
 from experiments.evaluators import language
 from experiments.models import gpt2
 from experiments.step_log import StepLog
+from experiments.stopping import StopRequest
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
@@ -86,7 +88,8 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
   tx, schedule = optim.make_optimizer(config.optim, config.total_steps, nonfinite=config.nonfinite)
   corpus = corpus_lib.open_corpus(config.data)
   proportions = mixture_lib.proportions(config.data, corpus)
-  mixture = mixing.make_mixture(config, mixing.context(config, corpus, proportions, schedule))
+  context = mixing.context(config, corpus, proportions, schedule)
+  mixture = mixing.make_mixture(config, context)
   model = gpt2.GPT2Config.from_config(
     config.model, vocab_size=corpus.tokenizer.vocab_size, seq_len=corpus.seq_len
   )
@@ -96,7 +99,7 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
   whole_step: dict[str, Any] = {}
   if mixture is not None:
     weighting = mixing.with_mixture(weighting, mixture, config)
-  read_domains = make_reader(config, corpus, proportions, model, mesh)
+  read_domains = make_reader(config, corpus, context, model, mesh)
   if read_domains is not None:
     whole_step['extra'] = read_domains.zeros()
   signals.check_signals(weighting, config, whole_step.get('extra', {}))
@@ -231,6 +234,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
   Raises:
     UserError: a mistake that the user can fix, before training where it can be seen there.
     NonFiniteError: a loss or gradient was not finite; `abort.json` names the examples.
+    StoppedError: it was asked to stop, and has saved a checkpoint.
   """
   started = time.monotonic()
   workdir, primary = Path(workdir), jax.process_index() == 0
@@ -275,6 +279,7 @@ def _train(run: Run, workdir: Path, primary: bool) -> dict:
     log = stack.enter_context(
       StepLog(config, run.corpus, run.schedule, workdir, start, flops_per_token(run), primary)
     )
+    stop = stack.enter_context(StopRequest())
     evaluated, signals_now = None, None
     for step in range(start + 1, config.total_steps + 1):
       if signals_now is None or (step - 1) % config.target.every == 0:
@@ -290,11 +295,16 @@ def _train(run: Run, workdir: Path, primary: bool) -> dict:
         with log.pause():
           evaluated = evaluate(run, state.params, config.eval.split, config.eval.max_blocks)
         log.evaluation(step, evaluated)
-      if last or step % config.checkpoint.every == 0:
+      # A resumed run reads its target at once, so a run that has one stops where it would read.
+      stopping = stop.at(step) and not (config.target.domain and step % config.target.every)
+      if last or stopping or step % config.checkpoint.every == 0:
         with log.pause():
           log.commit()  # which looks at every step before it: a broken state is never saved
           mesh_lib.check_same_everywhere(data.get_state()['used'], 'the plan of the batches')
           saver.save(step, state, data.get_state(), {'versions': versions()})
+      if stopping and not last:
+        saver.wait()
+        raise StoppedError(f'saved after step {step}; the same command goes on from there')
     saver.wait()
     if evaluated is None:  # killed between the last checkpoint and result.json
       evaluated = evaluate(run, state.params, config.eval.split, config.eval.max_blocks)

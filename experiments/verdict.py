@@ -83,12 +83,18 @@ def domain_sentence(board: Board, arm: Arm) -> str:
       (wins if result.mean < 0 else losses).append((result.mean, domain))
   parts = []
   if wins:
-    parts.append('wins in ' + ', '.join(f'{d} ({m:+.3f})' for m, d in sorted(wins)))
+    parts.append(f'wins in {_listed(sorted(wins))}')
   if losses:
-    parts.append('loses in ' + ', '.join(f'{d} ({m:+.3f})' for m, d in sorted(losses)[::-1]))
+    parts.append(f'loses in {_listed(sorted(losses)[::-1])}')
   if open_:
     parts.append(f'cannot be told apart in {count(open_, "domain")}')
   return f'By domain it {"; it ".join(parts)}.' if parts else ''
+
+
+def _listed(found: Sequence[tuple[float, str]], most: int = 8) -> str:
+  """The first of these, and how many more there are."""
+  shown = ', '.join(f'{domain} ({mean:+.3f})' for mean, domain in found[:most])
+  return f'{shown} and {len(found) - most:,} more' if len(found) > most else shown
 
 
 def tier_sentence(board: Board) -> str:
@@ -122,9 +128,10 @@ def shown_sentence(board: Board) -> str:
   """Which domains the tables leave out; '' where they show all."""
   if len(board.shown_domains) == len(board.domains):
     return ''
+  which = 'in which the arms differ most' if len(board.arms) > 1 else 'with most bits per byte'
   return (
-    f'Of {len(board.domains):,} domains the {len(board.shown_domains)} in which the arms differ '
-    'most are shown; compare.json has all.'
+    f'Of {len(board.domains):,} domains the {len(board.shown_domains)} {which} are shown; '
+    'compare.json has all.'
   )
 
 

@@ -123,13 +123,25 @@ def test_switches_imply_the_source(tmp_path):
 
 @pytest.mark.parametrize('spec', SPECS)
 def test_arms_of_a_config_are_arms_of_its_comparison(spec):
-  """Each is another run than the others, of a method that exists; the first is the baseline."""
+  """Each parses and is another run than the others; the first is the baseline."""
   from experiments import compare
 
-  arms = compare.default_arms(f'configs/{spec}')
+  arms = compare.default_arms({}, f'configs/{spec}')
   plan = compare.make_plan(load(spec), arms, None, 1, 'macro_bpb', 'runs/x')
   assert compare.arm_spec(plan.weightings[0]) == 'uniform'
-  assert len(plan.weightings) == (len(config_lib.arms(f'configs/{spec}')) or 2)
+
+
+def test_arms_with_schedules_refuse_other_steps(tmp_path):
+  from experiments import compare
+
+  with pytest.raises(
+    UserError, match=r'--config\.total_steps=9: the arms of configs/languages\.py'
+  ):
+    compare.default_arms({'total_steps': 9}, 'configs/languages.py')
+  assert compare.default_arms({'total_steps': 9}, 'configs/lm.py') == 'uniform,linupper:0.4'
+  (tmp_path / 'mine.py').write_text("def get_arms(arg=''):\n  return ['uniform']\n")
+  with pytest.raises(UserError, match=r'mine\.py: get_arms\(\) must return a dict'):
+    compare.default_arms({}, str(tmp_path / 'mine.py'))
 
 
 def test_arms_of_languages():

@@ -7,8 +7,9 @@
 The difference of two step times drowns in noise long before 0.1% of a step. So here the stage of
 the mixture runs alone: what it does to the losses of a batch, its update, q and p, step after step
 in one compiled loop, as often as the run has steps. Methods that read domains beside the steps are
-timed reading, too, host work included. Every round takes one of each and the step, in turn; shares
-of the step are medians over the rounds with the 95% interval of the mean log ratio. In the step
+timed reading, too, host work included. Every round times each part and the step once, in random
+order; shares
+of the step are geometric means over the rounds, with 95% intervals. In the step
 itself the stage may cost less, where it is fused with what is there, or more, where collectives of
 many devices wait; those are counted by experiments.bench.step_cost.
 """
@@ -57,7 +58,7 @@ def measure(config: Any, specs: list[str], rounds: int, devices: Any) -> tuple[f
   """(median milliseconds of the plain train step, the cost of every mixture)."""
   import jax
 
-  from experiments import compiled, dry_run
+  from experiments import dry_run
   from experiments.bench.arms import build, interleaved, timed_step
 
   plain = build(config, 'uniform', devices)
@@ -74,12 +75,11 @@ def measure(config: Any, specs: list[str], rounds: int, devices: Any) -> tuple[f
       raise UserError(f'--mixtures: {spec!r} is not a mixture that changes')
     timed.append(stage_alone(run, batch))
     stage, reading, per_step, flops = len(timed) - 1, None, 0.0, 0.0
-    if (reader := run.read_domains) is not None:
-      steps = config.total_steps
-      per_step = sum(map(reader.due, range(steps))) / steps
-      params = run.init().params
-      shapes = run.abstract_state.params
-      flops = compiled.costs(reader.read.lower(shapes, *reader.draw(0)).compile()).matmul_flops
+    if run.read_domains is not None:
+      times, one = dry_run.readings(run)
+      per_step, flops = times / config.total_steps, one
+    if per_step:
+      reader, params = run.read_domains, run.init().params
       timed.append(lambda r=reader, p=params: jax.block_until_ready(r.read(p, *r.draw(0))))
       reading = len(timed) - 1
     parts.append((spec, stage, reading, per_step, per_step * flops / step_flops))
@@ -105,6 +105,7 @@ def stage_alone(run: Any, batch: Any) -> Callable[[], None]:
 
   config = run.config
   extra = {} if run.read_domains is None else run.read_domains.zeros()
+  reference = config.reference  # whose losses cost a forward pass, which is not timed here
   losses = jnp.ones((config.batch_size, config.data.seq_len), jnp.float32)
 
   @jax.jit
@@ -121,6 +122,7 @@ def stage_alone(run: Any, batch: Any) -> Callable[[], None]:
         sampling_prob=batch['sampling_prob'],
         step=step,
         extra=extra,
+        **({'ref_losses': losses} if reference else {}),
       )
       found = mixing.summarize(run.mixture, state[mixing.STAGE])
       return state, 1 + found['noise'] + found['proportions'][0] + weights[0, 0]

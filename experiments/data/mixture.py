@@ -60,7 +60,7 @@ def parse(text: str, corpus: Corpus) -> np.ndarray:
   kind, _, left_out = text.partition(EXCEPT)
   if kind in ('uniform', 'natural'):
     weights = np.ones(len(corpus.domains)) if kind == 'uniform' else sizes.astype(np.float64)
-    for name in filter(None, left_out.split('+')):
+    for name in [left_out] if left_out in corpus.domains else filter(None, left_out.split('+')):
       weights[_index(name, corpus.domains)] = 0
   elif text.endswith(SUFFIX):
     weights = read_file(text, corpus)

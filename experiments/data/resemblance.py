@@ -11,6 +11,7 @@ from experiments.data.corpus import Corpus
 ORDERS = (1, 2, 3)  # n-grams of tokens
 BUCKETS = 4096  # that they are hashed into
 _BLOCKS = 2**16  # to read of all domains together
+_PART = 1024  # blocks whose profiles are held at once
 _FACTOR = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads consecutive numbers
 
 
@@ -46,21 +47,24 @@ def nearest_domains(
     corpus: of the blocks.
     example_ids: the blocks.
     among: bool[K], the domains to choose from.
-    blocks: of each domain, spread evenly over it, that its mean is taken of; 0: 256, and fewer of
-      hundreds of domains, but at least 16.
+    blocks: of each domain, spread evenly over it, that its mean is taken of; 0: 256, and where
+      there are more than 256 domains fewer, at least 16.
   """
-  rows = corpus.rows('train', example_ids)
-  found = profiles(rows['tokens'], rows['base'])
   candidates = np.flatnonzero(among)
   blocks = blocks or int(np.clip(_BLOCKS // len(candidates), 16, 256))
   sizes, offsets = corpus.sizes('train'), corpus.offsets('train')
-  best = np.full(found.shape[0], -np.inf)
-  nearest = np.zeros(found.shape[0], np.int64)
-  for domain in candidates:  # one at a time: there may be thousands
+
+  def profiles_of(ids):
+    rows = corpus.rows('train', ids)
+    return profiles(rows['tokens'], rows['base'])
+
+  means = np.empty((len(candidates), BUCKETS), np.float32)
+  for mean, domain in zip(means, candidates):  # one at a time: there may be thousands
     count = min(blocks, int(sizes[domain]))
-    rows = corpus.rows('train', offsets[domain] + np.arange(count) * sizes[domain] // count)
-    mean = profiles(rows['tokens'], rows['base']).mean(0)
-    cosine = found @ (mean / np.linalg.norm(mean))
-    nearest = np.where(cosine > best, domain, nearest)
-    best = np.maximum(cosine, best)
-  return nearest
+    mean[:] = profiles_of(offsets[domain] + np.arange(count) * sizes[domain] // count).mean(0)
+  means /= np.linalg.norm(means, axis=1, keepdims=True)
+  ids = np.asarray(example_ids)
+  nearest = [
+    np.argmax(profiles_of(ids[i : i + _PART]) @ means.T, axis=1) for i in range(0, ids.size, _PART)
+  ]
+  return candidates[np.concatenate(nearest)]

@@ -19,6 +19,7 @@ diverged are left out and named.
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,7 +56,9 @@ def write_mixtures(
   except ValueError as error:
     raise UserError(f'--runs={runs}, --max_ratio={max_ratio}: {error}') from error
   drawn /= drawn.sum(axis=1, keepdims=True)
-  paths = [folder / 'mixtures' / f'{i:04d}.json' for i in range(runs)]
+  # Runs are told apart by their configs, which hold the path: other shares need another one.
+  digest = lambda shares: hashlib.sha256(shares.astype('<f4').tobytes()).hexdigest()[:8]
+  paths = [folder / 'mixtures' / f'{i:04d}-{digest(p)}.json' for i, p in enumerate(drawn)]
   for path, mixture in zip(paths, drawn):
     mixture_lib.write(path, corpus, mixture, made_by={'method': 'swarm', 'prior': prior}, epochs={})
   return corpus.domains, drawn, paths

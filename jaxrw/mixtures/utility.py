@@ -12,7 +12,7 @@ back p times less often,
   b_k = mean_i b_i 0.5^((k - 1) / (p tau_i))      and the mixture has p E examples
 
 All n are in units of 100 000 examples. For one pool this only sets what `scale` means; where
-several share a scale, it is the number of examples after which they are all alike.
+several pools share a scale, their curves meet after one unit.
 """
 
 from __future__ import annotations

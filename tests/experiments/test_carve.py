@@ -85,6 +85,18 @@ def test_bad_input_writes_nothing(source, tmp_path, arguments, message):
   assert not list((tmp_path / 'out').glob('*.gz'))
 
 
+def test_dots_become_underscores_unless_two_values_would_be_one_domain(tmp_path):
+  folder = tmp_path / 'text'
+  folder.mkdir()
+  lines = [json.dumps({'text': 'words', 'source': value}) for value in ('a.gov', 'b')]
+  (folder / 'web.train.jsonl').write_text('\n'.join(lines) + '\n')
+  assert set(carve.carve(folder, tmp_path / 'out', by='source')) == {'a_gov', 'b'}
+  with (folder / 'web.train.jsonl').open('a') as file:
+    file.write(json.dumps({'text': 'words', 'source': 'a_gov'}) + '\n')
+  with pytest.raises(UserError, match=r"line 3: 'a\.gov' and 'a_gov' would both be .* 'a_gov'"):
+    carve.carve(folder, tmp_path / 'again', by='source')
+
+
 def test_a_folder_in_use_and_a_broken_line(source, tmp_path):
   with pytest.raises(UserError, match='already holds something'):
     carve.carve(source, source)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -342,3 +344,30 @@ def test_the_program_runs_units_in_processes_of_their_own(tmp_path):
   broken = program(tmp_path)
   assert broken.returncode == 2
   assert 'data.path' in broken.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('jobs', [1, 2])
+def test_a_comparison_that_is_asked_to_stop_saves_and_goes_on_later(tmp_path, jobs):
+  corpus = small.write_corpus(tmp_path / 'corpus')
+  command = [
+    *(sys.executable, '-m', 'experiments.compare', f'--workdir={tmp_path / "board"}'),
+    *(f'--config=configs/lm.py:path={corpus},quick', '--config.total_steps=2000', '--seeds=2'),
+    *('--config.eval.every=1000', '--config.checkpoint.every=1000', f'--jobs={jobs}'),
+    *('--config.model.n_layer=1', '--noconfig.model.scan', '--noconfig.log.tensorboard'),
+  ]
+  env = {**os.environ, 'JAX_NUM_CPU_DEVICES': '1', 'JAXRW_DATA': str(tmp_path / 'data')}
+  running = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+  started = lambda: len(list((tmp_path / 'board/runs').glob('*/metrics.jsonl'))) >= jobs
+  while running.poll() is None and not started():
+    time.sleep(0.05)
+  running.send_signal(signal.SIGTERM)
+  error = running.communicate(timeout=120)[1]
+  assert running.returncode == 75, error
+  assert 'stopped: ' in error
+  assert 'Traceback' not in error
+  saved = list((tmp_path / 'board/runs').glob('*/checkpoints/*/sha256.json'))
+  assert len(saved) >= jobs
+  done = subprocess.run(command, env=env, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert 'resuming after step' in done.stderr + done.stdout

@@ -110,8 +110,9 @@ def outcome(setup, workdir: Path) -> tuple:
   with checkpoints.Checkpoints(workdir / 'checkpoints') as saved:
     state, data_state, _ = saved.restore(run.abstract_state, STEPS)
   final = files.read_json(workdir / 'result.json')['final']
+  # Where its parts are cut depends on where a run was stopped; its rows do not.
   parts = sorted((workdir / 'ledger').iterdir())
-  ledger = [(part.name, pq.read_table(part).to_pylist()) for part in parts]
+  ledger = [row for part in parts for row in pq.read_table(part).to_pylist()]
   return (
     *(records, metrics.read_jsonl(workdir / 'examples.jsonl'), ledger, final, data_state),
     jax.tree.map(np.asarray, state),
@@ -135,6 +136,30 @@ def test_killed_while_a_checkpoint_is_written(setup, uninterrupted):
   running = start(setup, workdir)
   assert wait_until(lambda: steps_done(workdir) > 12 and a_save_is_under_way(workdir), running)
   kill(running)
+  assert not (workdir / 'result.json').exists()
+  finish(start(setup, workdir))
+  assert_same(outcome(setup, workdir), uninterrupted)
+
+
+def ask_to_stop(running: list[subprocess.Popen], told: int = 0) -> list[str]:
+  """SIGTERM to one of the processes; what they all print before they end."""
+  running[told].send_signal(signal.SIGTERM)
+  outputs = [process.communicate(timeout=120)[0].decode() for process in running]
+  assert [process.returncode for process in running] == [75] * len(running), outputs[0][-3000:]
+  return outputs
+
+
+def test_asked_to_stop_it_saves_where_it_is(setup, uninterrupted):
+  """Twice, at steps where no checkpoint is due; the second time as soon as the program listens."""
+  workdir = setup[2] / 'stopped'
+  for least in (7, 18):
+    running = start(setup, workdir)
+    assert wait_until(lambda: steps_done(workdir) >= least, running)  # noqa: B023
+    (output,) = ask_to_stop(running)
+    last = max(checkpoints.committed_steps(workdir / 'checkpoints'))
+    assert last >= least
+    assert f'stopped: saved after step {last}; the same command goes on' in output
+    assert 'Traceback' not in output
   assert not (workdir / 'result.json').exists()
   finish(start(setup, workdir))
   assert_same(outcome(setup, workdir), uninterrupted)
@@ -165,6 +190,15 @@ def test_two_processes_killed_and_resumed(setup, uninterrupted):
   kill(running)
   finish(start(setup, disturbed, processes=2))
   assert_same(outcome(setup, disturbed), reference)
+  # Told to stop, one tells the other, and both save the same step.
+  stopped = setup[2] / 'two_hosts_stopped'
+  running = start(setup, stopped, processes=2)
+  assert wait_until(lambda: steps_done(stopped) >= 7, running)
+  outputs = ask_to_stop(running, told=1)
+  last = max(checkpoints.committed_steps(stopped / 'checkpoints'))
+  assert all(f'saved after step {last};' in output for output in outputs)
+  finish(start(setup, stopped, processes=2))
+  assert_same(outcome(setup, stopped), reference)
   # And one host and four hosts read the same examples as two.
   ids = lambda examples: [e['example_id'] for e in examples]
   assert ids(reference[1]) == ids(uninterrupted[1])

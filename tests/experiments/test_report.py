@@ -192,8 +192,12 @@ def test_of_very_many_domains_those_are_shown_in_which_arms_differ_most(tmp_path
   assert ' docs' not in verdict.means_table(board) + verdict.differences_table(board)
   assert 'bpb/docs' in compare.record(board)['arms'][0]['values']
   weights = plots.draw_domain_weights(board, plots.LIGHT)
-  assert any('(and 2 more)' in ax.get_title() + ax.get_title('left') for ax in weights.axes)
-  report.write(board, tmp_path)
+  assert any('2 more domains' in ax.get_title() + ax.get_title('left') for ax in weights.axes)
+  page = report.write(board, tmp_path).read_text(encoding='utf-8')
+  assert 'Of 4 domains the 2 in which the arms differ most are shown' in page
+  alone = dataclasses.replace(board, arms=board.arms[:1])
+  assert alone.shown_domains == ('docs', 'prose')  # the worst of its own
+  assert 'the 2 with most bits per byte' in verdict.shown_sentence(alone)
 
 
 @pytest.mark.parametrize('missing', ['metrics.jsonl', 'examples.jsonl', 'config.json'])

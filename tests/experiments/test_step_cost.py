@@ -162,6 +162,13 @@ def test_the_parts_of_a_mixture_are_timed_and_its_readings_counted(config):
   assert f'{dga.reading_flops:.3%}' in text
 
 
+def test_a_mixture_that_never_reads_in_the_run(config):
+  spec = 'aioli:rate=1:round_steps=40:rounds_of_bursts=1:burst_steps=2:share=0.75:warmup_steps=999'
+  _, (aioli,) = mixture_cost.measure(config, [spec], 2, jax.devices()[:1])
+  assert aioli.reading is None
+  assert aioli.reading_flops == 0
+
+
 def test_a_mixture_without_a_name_is_one_line(config):
   with pytest.raises(UserError, match='is not a mixture that changes'):
     mixture_cost.measure(config, [''], 2, jax.devices()[:1])

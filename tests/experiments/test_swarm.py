@@ -32,13 +32,24 @@ def test_a_larger_swarm_goes_on_where_a_smaller_one_ended(corpus, tmp_path):
   assert runs.domains == runs.losses == ('easy', 'hard')
   assert runs.mixtures.shape == runs.values.shape == (3, 2)
   assert (tmp_path / 'run/losses.csv').read_text().startswith(first)
-  stored = files.read_json(tmp_path / 'run/mixtures/0002.json')
+  paths = sorted((tmp_path / 'run/mixtures').iterdir())
+  stored = files.read_json(paths[2])
   np.testing.assert_allclose(runs.mixtures[2], list(stored['weights'].values()))
   for i, folder in enumerate(sorted((tmp_path / 'run/runs').iterdir())):
     config = files.read_json(folder / 'config.json')
-    assert config['data']['mixture'] == str(tmp_path / f'run/mixtures/{i:04d}.json')
+    assert config['data']['mixture'] == str(paths[i])
     final = files.read_json(folder / 'result.json')['final']['bpb']
     np.testing.assert_allclose(runs.values[i], [final['easy'], final['hard']])
+
+
+def test_another_prior_makes_other_runs_in_the_same_folder(corpus, tmp_path):
+  """A finished run is known by its path, so equal paths must mean equal shares."""
+  config = small.config(corpus, tmp_path / 'data')
+  write = lambda prior: swarm.write_mixtures(config, prior, 2, 4.0, tmp_path)
+  (_, natural, there), (_, again, same) = write('natural'), write('natural')
+  np.testing.assert_array_equal(natural, again)
+  assert there == same
+  assert not set(there) & set(write('easy=0.9,hard=0.1')[2])
 
 
 @pytest.mark.parametrize(

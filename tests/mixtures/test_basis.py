@@ -49,15 +49,6 @@ def test_a_method_over_a_basis_against_numpy():
   np.testing.assert_allclose(mixture.proportions(state), basis.T @ alpha, rtol=1e-5)
 
 
-def test_with_gradients_of_domains_it_follows_those_of_its_mixtures():
-  """<grad of a mixture's loss, g> is the mixture of <grad L_g, g>: what readings rely on."""
-  rng = np.random.default_rng(2)
-  gradients, target = rng.normal(size=(6, 10)), rng.normal(size=10)
-  basis = rng.dirichlet(np.ones(6), size=3)
-  of_mixtures = (basis @ gradients) @ target
-  np.testing.assert_allclose(of_mixtures, basis @ (gradients @ target), rtol=1e-12)
-
-
 @pytest.mark.parametrize(
   ('wrong', 'message'),
   [
