@@ -13,7 +13,7 @@ Expected: the paper (arXiv 2410.02498) has DGA ahead of importance sampling in l
 The arms that it brings: stratified (all domains but the target alike, the baseline), and with a
 `small` and a `large` number of the target's training blocks to go by: importance (as often as a
 domain is the one that a block of the target resembles most, fixed) and dga (towards the domains
-whose gradient agrees with the target's, an average over readings).
+whose gradient agrees with the target's; ema below 1 averages over readings, which takes long).
 
 Switches: path, target, small, large, steps, batch, lr, rate, ema, every, seed, quick
 """
@@ -29,7 +29,7 @@ _SWITCHES = dict(
   batch=8,
   lr=3e-3,
   rate=2.0,
-  ema=0.1,
+  ema=1.0,
   every=20,
   seed=0,
   quick=False,
