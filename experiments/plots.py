@@ -189,7 +189,7 @@ def draw_by_domain(
 ) -> Figure | None:
   """A number of every domain over training, one panel for each arm.
 
-  Of very many domains a panel names those that end farthest from neutral; the others are faint.
+  Of very many domains a panel names those that go farthest from neutral; the others are faint.
   """
   if not arms:
     return None
@@ -200,7 +200,8 @@ def draw_by_domain(
       steps, curves = seed_curves(arm, 'train', lambda row, d=domain: value(row, d))
       if len(steps):
         lines[domain] = steps, smooth(curves.mean(0))
-    named = set(sorted(lines, key=lambda d: abs(lines[d][1][-1] - neutral))[-NAMED_LINES:])
+    farthest = lambda d: np.abs(lines[d][1] - neutral).max()  # noqa: B023
+    named = set(sorted(lines, key=farthest)[-NAMED_LINES:])
     ends = []
     for i, domain in enumerate(board.domains):
       if domain not in lines:
