@@ -4,9 +4,9 @@ Command:  python -m experiments.carve --source=my/text --domain=multilingual --b
             --keep=it=0.5,es=0.5,pt=0.2,sv=0.2,pl=0.1,cs=0.1,hu=0.05,uk=0.05,sl=0.02,sr=0.01 \\
             --out=my/languages
           python -m experiments.compare --config=configs/languages.py:path=my/languages \\
-            --lrs=2e-3,4e-3 --seeds=3 --tune_seeds=3 --workdir=runs/languages
-Cost:     1M tokens through 0.3M parameters for each of 36 runs: half an hour on two cores with
-          --jobs=2. `quick` takes four tiny steps.
+            --lrs=1e-3,2e-3,4e-3 --seeds=3 --tune_seeds=3 --workdir=runs/languages
+Cost:     1M tokens through 0.3M parameters for each of 54 runs: three quarters of an hour on two
+          cores with --jobs=2. `quick` takes four tiny steps.
 Expected: the paper (NAACL 2025, arXiv 2410.04579) has sampling with a temperature ahead of the same
           weights in the loss, and Cooldown ahead of both; docs/results says what came out here.
 
