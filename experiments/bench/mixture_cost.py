@@ -8,10 +8,10 @@ The difference of two step times drowns in noise long before 0.1% of a step. So 
 the mixture runs alone: what it does to the losses of a batch, its update, q and p, step after step
 in one compiled loop, as often as the run has steps. Methods that read domains beside the steps are
 timed reading, too, host work included. Every round times each part and the step once, in random
-order; shares
-of the step are geometric means over the rounds, with 95% intervals. In the step
+order; shares of the step are geometric means over the rounds, with 95% intervals. In the step
 itself the stage may cost less, where it is fused with what is there, or more, where collectives of
-many devices wait; those are counted by experiments.bench.step_cost.
+many devices wait; those are counted by experiments.bench.step_cost. With a reference (DoReMi), its
+forward pass is not timed.
 """
 
 from __future__ import annotations
@@ -105,7 +105,6 @@ def stage_alone(run: Any, batch: Any) -> Callable[[], None]:
 
   config = run.config
   extra = {} if run.read_domains is None else run.read_domains.zeros()
-  reference = config.reference  # whose losses cost a forward pass, which is not timed here
   losses = jnp.ones((config.batch_size, config.data.seq_len), jnp.float32)
 
   @jax.jit
@@ -122,7 +121,7 @@ def stage_alone(run: Any, batch: Any) -> Callable[[], None]:
         sampling_prob=batch['sampling_prob'],
         step=step,
         extra=extra,
-        **({'ref_losses': losses} if reference else {}),
+        **({'ref_losses': losses} if config.reference else {}),
       )
       found = mixing.summarize(run.mixture, state[mixing.STAGE])
       return state, 1 + found['noise'] + found['proportions'][0] + weights[0, 0]
