@@ -258,8 +258,9 @@ def _check_together(config: ConfigDict) -> None:
         f'config.checkpoint.every={config.checkpoint.every} must be a multiple of '
         f'config.target.every={config.target.every}, so that a resumed run reads the same target'
       )
-  if config.mesh.data == config.mesh.fsdp == -1:
-    raise UserError('config.mesh.data=-1 and config.mesh.fsdp=-1: only one may take all the rest')
+  if list(config.mesh.values()).count(-1) > 1:
+    sizes = ', '.join(f'config.mesh.{axis}={size}' for axis, size in config.mesh.items())
+    raise UserError(f'{sizes}: only one may take all the rest')
 
 
 # Storing

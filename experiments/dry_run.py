@@ -7,7 +7,6 @@ import jax
 from experiments import compiled
 from experiments.data import mixture as mixture_lib
 from experiments.data import pipeline
-from experiments.models import gpt2
 from experiments.train import Run
 
 
@@ -39,7 +38,7 @@ def describe(run: Run) -> str:
   tokens = config.total_steps * config.batch_size * corpus.seq_len
   return '\n'.join(
     [
-      f'parameters: {gpt2.num_params(model):,}',
+      f'parameters: {model.num_params():,}',
       f'mesh: {dict(run.mesh.shape)}, {run.mesh.devices.flat[0].device_kind}',
       f'tokens: {config.total_steps:,} steps x {config.batch_size} x {corpus.seq_len} = {tokens:,}',
       'compiled step, per device:',

@@ -11,7 +11,7 @@ import jaxrw
 from experiments import dry_run, plots
 from experiments.bench import arms, mixture_cost, step_cost
 from experiments.errors import UserError
-from experiments.models import gpt2
+from experiments.models import lm
 from tests.experiments import small
 
 
@@ -128,7 +128,7 @@ def test_the_peer_is_the_same_model(config):
   tokens = torch.from_numpy(np.array(batch['tokens'], np.int64))
   with torch.no_grad():
     theirs = torch_peer.load(state.params, run.model, 'cpu')(tokens).numpy()
-  ours = gpt2.token_losses(state.params, batch, run.model)
+  ours = lm.token_losses(state.params, batch, run.model)
   np.testing.assert_allclose(theirs, ours, rtol=1e-4)
   losses = torch.from_numpy(theirs.mean(1))
   np.testing.assert_allclose(
