@@ -3,8 +3,8 @@
 Command:  python -m experiments.main --workdir=runs/llama \\
             --config=configs/llama.py:size=1.4b,name=my_tokens:1.0.0
           python -m experiments.main --config=configs/llama.py:size=7b --compile_for=v5e:16x16
-Cost:     a token costs 8.8 GFLOP at 1.4b and 42 GFLOP at 7b: 20 tokens a parameter are 0.24 ZFLOP at
-          1.4b, a day and a half on 16 v5p chips at 40% of their peak. `tiny` is 0.3M parameters:
+Cost:     a token costs 8.4 GFLOP at 1.4b and 41 GFLOP at 7b. 20 tokens a parameter are 0.23 ZFLOP
+          at 1.4b: 22 hours on 16 v5p chips at 40% of their peak. `tiny` is 0.25M parameters:
           minutes on two cores. `quick` takes four tiny steps anywhere.
 Expected: the paper reports faster convergence at 1.4b and 7b; nobody has run it with this program.
           The second command says whether a size fits a pod, without one.

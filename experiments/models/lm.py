@@ -355,13 +355,22 @@ def _head(params, x, labels, cfg: ModelConfig, mesh: Mesh | None) -> jax.Array:
     return cross_entropy(logits(params, x), labels)
   head = functools.partial(chunked_cross_entropy, chunk=cfg.loss_chunk)
   if mesh is not None and row_shards(mesh) > 1 and x.shape[0] % row_shards(mesh) == 0:
-    # Each device adds up its own chunks' gradients of the table, and all devices' are added once;
-    # the partitioner would send a whole table between devices for every chunk.
+    # Each device adds up its own chunks' gradients of the table, and all devices' are added once,
+    # each keeping its part; the partitioner would send a whole table between devices for every
+    # chunk.
     local, rows = head, P(ROWS)
+    cut = cfg.n_embd % mesh.shape['fsdp'] == 0 and mesh.shape['fsdp'] > 1
+
+    def head(x, table, labels):
+      table = jax.lax.pcast(table, ('data',) if cut else ROWS, to='varying')
+      if cut:
+        table = jax.lax.all_gather(table, 'fsdp', axis=1, tiled=True)
+      return local(x, table, labels)
+
     head = jax.shard_map(
-      lambda x, table, labels: local(x, jax.lax.pcast(table, ROWS, to='varying'), labels),
+      head,
       mesh=mesh,
-      in_specs=(rows, P(), rows),
+      in_specs=(rows, P(None, 'fsdp') if cut else P(), rows),
       out_specs=rows,
       axis_names=set(ROWS),
     )

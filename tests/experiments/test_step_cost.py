@@ -156,8 +156,11 @@ def test_the_parts_of_a_mixture_are_timed_and_its_readings_counted(config):
   for share in (odm.stage, dga.stage, dga.reading):
     assert 0 < share.low <= share.mean <= share.high
   run = arms.build(config, f'uniform@mixture={specs[1]}', jax.devices()[:1])
-  (said,) = dry_run.reading_text(run, dry_run.step_costs(run))
-  assert f'2 times in 8 steps: {dga.reading_flops:.2%}' in said
+  found = dry_run.report(run)
+  assert found['readings']['times'] == 2
+  share = 2 * found['readings']['matmul_flops'] / (8 * dry_run.step_costs(run).matmul_flops)
+  assert share == pytest.approx(dga.reading_flops)
+  assert f'2 times in 8 steps: {dga.reading_flops:.2%}' in dry_run.describe(run, found)
   text = mixture_cost.format_costs(milliseconds, [odm, dga])
   assert f'{dga.reading_flops:.3%}' in text
 
