@@ -206,7 +206,7 @@ def describe(run: Run, found: dict[str, Any]) -> str:
   if found['fits'] is False:
     peak = found.get('needed_bytes') or found.get('bytes', {}).get('peak')
     available = found.get('available_bytes') or found['memory']
-    told = f': {si(peak, "B")} of {si(available, "B")}' if peak and available else ''
+    told = f': at least {si(peak, "B")} of {si(available, "B")}' if peak and available else ''
     lines += [f'DOES NOT FIT{told} a device; what to change:']
     lines += [f'  {line}' for line in found['advice']]
   return '\n'.join([*lines, *_reading_text(run, found), *_planned_text(run)])

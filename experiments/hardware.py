@@ -95,11 +95,12 @@ def prepare(topology: Topology) -> None:
     os.environ.update(JAX_PLATFORMS='cpu', JAX_NUM_CPU_DEVICES=str(topology.count))
   if topology.platform == 'tpu':
     # It is needed as a compiler only: as a backend it would look for chips, and wait.
-    os.environ.update(JAX_PLATFORMS='cpu', TPU_LIBRARY_PATH=str(_libtpu()))
-    os.environ.update(TPU_SKIP_MDS_QUERY='true')
+    os.environ.update(JAX_PLATFORMS='cpu', TPU_LIBRARY_PATH=str(find_libtpu()))
+    os.environ.update(TPU_SKIP_MDS_QUERY='true', TPU_WORKER_HOSTNAMES='localhost')
 
 
-def _libtpu() -> Path:
+def find_libtpu() -> Path:
+  """The TPU compiler: where TPU_LIBRARY_PATH says, in .libtpu, or in the environment."""
   candidates = [os.environ.get('TPU_LIBRARY_PATH', ''), LIBTPU / 'libtpu' / 'libtpu.so']
   if found := importlib.util.find_spec('libtpu'):
     candidates.append(Path(found.origin).parent / 'libtpu.so')

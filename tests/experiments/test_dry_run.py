@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_explained(llama):
   found = dry_run.report(dataclasses.replace(run, train_step=refusing(full)))
   assert found['fits'] is False
   text = dry_run.describe(run, found)
-  assert 'DOES NOT FIT: 21.47 GB of 16.91 GB a device; what to change:' in text
+  assert 'DOES NOT FIT: at least 21.47 GB of 16.91 GB a device; what to change:' in text
   state = found['state_bytes']
   assert f'config.mesh.fsdp=4: parameters and optimizer take {compiled.si(state, "B")}' in text
   rows = run.config.batch_size // 4
