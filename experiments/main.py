@@ -33,7 +33,12 @@ _COMPILE_FOR = flags.DEFINE_string(
   'compile_for',
   '',
   'dry run for other devices: v5e:16x16, v5p:4x4x8, 2*v5e:16x16 (slices), cpu:8 (simulated) or '
-  'local; with what the weighting adds to a step, so it compiles three times',
+  'local',
+)
+_ADDS = flags.DEFINE_bool(
+  'weighting_adds',
+  True,
+  'with --compile_for: compile uniform weights, too, and count what is added',
 )
 _JSON = flags.DEFINE_string('json', '', 'dry run: write everything it counted to this file, too')
 _COORDINATOR = flags.DEFINE_string(
@@ -81,7 +86,7 @@ def dry_run() -> None:
   print(config_lib.format_config(config, *cli.config_origin()), flush=True)
   devices = hardware.devices(topology)
   run, uniform = train.build(config, devices), None
-  if _COMPILE_FOR.value:
+  if _COMPILE_FOR.value and _ADDS.value:
     plain = config.copy_and_resolve_references()
     common.set_weighting(plain, 'uniform')
     uniform = train.build(plain, devices)
