@@ -97,6 +97,7 @@ def prepare(topology: Topology) -> None:
     # It is needed as a compiler only: as a backend it would look for chips, and wait.
     os.environ.update(JAX_PLATFORMS='cpu', TPU_LIBRARY_PATH=str(find_libtpu()))
     os.environ.update(TPU_SKIP_MDS_QUERY='true', TPU_WORKER_HOSTNAMES='localhost')
+    os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'  # else a second dry run is refused
 
 
 def find_libtpu() -> Path:

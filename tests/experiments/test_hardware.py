@@ -71,8 +71,7 @@ def test_the_compiler_is_found_where_the_makefile_puts_it(monkeypatch, tmp_path)
   library.parent.mkdir(parents=True)
   library.touch()
   (tmp_path / '.libtpu' / 'libtpu-1.2.3.dist-info').mkdir()
-  for name in ('TPU_LIBRARY_PATH', 'TPU_SKIP_MDS_QUERY', 'TPU_WORKER_HOSTNAMES', 'JAX_PLATFORMS'):
-    monkeypatch.setenv(name, '')  # which restores them afterwards
+  monkeypatch.setattr(hardware.os, 'environ', dict(os.environ, TPU_LIBRARY_PATH=''))
   hardware.prepare(hardware.parse_topology('v5e:4x4'))
   assert os.environ['TPU_LIBRARY_PATH'] == str(library)
   assert os.environ['JAX_PLATFORMS'] == 'cpu'
