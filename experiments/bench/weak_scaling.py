@@ -7,10 +7,10 @@ Examples:
 
 Every device keeps as many rows as it had alone, on 1, 2, 4 and 8 devices (simulated on a CPU). The
 numbers are those of one device of the compiled training step, logs included. What it receives in a
-step (by rings, so the more devices take part the nearer to once, or for sums twice, an array's size)
-is split: `gradients` are added up in the backward pass; `parameters` are gathered where `fsdp` cut
-them; `rows` tell every host each row's id, loss and weight, for the logs; `sums` are all the rest:
-what the weighting, the clipping of the gradient and the metrics need.
+step is split: `gradients` are added up in the backward pass; `parameters` are gathered where `fsdp`
+cut them; `rows` tell every host each row's id, loss and weight, for the logs; `sums` are all the
+rest: what the weighting, the clipping of the gradient and the metrics need. In a ring of n devices
+one receives (n - 1) / n of what is gathered, and twice that of what is added up.
 """
 
 from __future__ import annotations
