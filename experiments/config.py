@@ -22,8 +22,10 @@ from experiments.errors import UserError
 # Keys that change what is logged, kept or where, never a parameter or a score. A run may be resumed
 # with others, and `config_hash` ignores them.
 HARMLESS = (
+  'checkpoint.best',
   'checkpoint.every',
   'checkpoint.keep',
+  'checkpoint.keep_every',
   'data.prefetch',
   'data.root',
   'data.tfds_dir',
@@ -258,6 +260,11 @@ def _check_together(config: ConfigDict) -> None:
         f'config.checkpoint.every={config.checkpoint.every} must be a multiple of '
         f'config.target.every={config.target.every}, so that a resumed run reads the same target'
       )
+  if config.checkpoint.best and config.eval.every % config.checkpoint.every:
+    raise UserError(
+      f'config.eval.every={config.eval.every} must be a multiple of '
+      f'config.checkpoint.every={config.checkpoint.every}, so that the best state has a checkpoint'
+    )
   if config.mesh.data == config.mesh.fsdp == -1:
     raise UserError('config.mesh.data=-1 and config.mesh.fsdp=-1: only one may take all the rest')
 

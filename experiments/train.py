@@ -259,7 +259,12 @@ def _train(run: Run, workdir: Path, primary: bool) -> dict:
     say(f'note: {remark}')
   with (
     live_feed.live_feed(config) as live,
-    checkpoints_lib.Checkpoints(workdir / 'checkpoints', keep=config.checkpoint.keep) as saver,
+    checkpoints_lib.Checkpoints(
+      workdir / 'checkpoints',
+      keep=config.checkpoint.keep,
+      keep_every=config.checkpoint.keep_every,
+      best=config.checkpoint.best,
+    ) as saver,
     contextlib.ExitStack() as stack,
   ):
     data = pipeline.train_iterator(
@@ -291,7 +296,8 @@ def _train(run: Run, workdir: Path, primary: bool) -> dict:
         live.publish(step - 1, record['mixture']['proportions'])
       log.step(step, record, data.get_state()['used'] if log.writes(step) else None)
       last = step == config.total_steps
-      if last or step % config.eval.every == 0:
+      evaluates = last or step % config.eval.every == 0
+      if evaluates:
         with log.pause():
           evaluated = evaluate(run, state.params, config.eval.split, config.eval.max_blocks)
         log.evaluation(step, evaluated)
@@ -301,7 +307,8 @@ def _train(run: Run, workdir: Path, primary: bool) -> dict:
         with log.pause():
           log.commit()  # which looks at every step before it: a broken state is never saved
           mesh_lib.check_same_everywhere(data.get_state()['used'], 'the plan of the batches')
-          saver.save(step, state, data.get_state(), {'versions': versions()})
+          scores = evaluated if evaluates else None
+          saver.save(step, state, data.get_state(), {'versions': versions()}, scores)
       if stopping and not last:
         saver.wait()
         raise StoppedError(f'saved after step {step}; the same command goes on from there')
