@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -538,19 +539,21 @@ for attempt in (lambda: Checkpoints(sys.argv[1]), files.exclusive(sys.argv[2])._
 """
 
 
-def test_a_directory_that_cannot_be_written(tmp_path):
-  directory = run_with(tmp_path, 1)
-  truncate(directory / '1')
-  for path in (directory, tmp_path):
-    path.chmod(0o555)
-  for path in tmp_path.parents:  # of pytest, private to this user
-    if path.owner() == tmp_path.owner() and path.name.startswith('pytest-'):
-      path.chmod(0o755)
-  out, err = start(READ_ONLY, directory, tmp_path).communicate(timeout=100)
+def test_a_directory_that_cannot_be_written():
+  """In a folder of its own: pytest's are closed to other users."""
+  with tempfile.TemporaryDirectory() as name:
+    folder = Path(name)
+    directory = run_with(folder, 1)
+    truncate(directory / '1')
+    for path in (directory, folder):
+      path.chmod(0o555)
+    out, err = start(READ_ONLY, directory, folder).communicate(timeout=100)
+    folder.chmod(0o755)
+    directory.chmod(0o755)
   assert out.splitlines() == [
     f'cannot save a checkpoint in {directory}: Permission denied; free space or choose another '
     '--workdir, then run the same command again: earlier checkpoints are intact',
-    f'cannot write into {tmp_path}: Permission denied; choose a --workdir that you can write to',
+    f'cannot write into {folder}: Permission denied; choose a --workdir that you can write to',
   ]
   assert err == ''
 
