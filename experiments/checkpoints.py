@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from experiments import files
+from experiments import files, hosts
 from experiments.errors import UserError
 
 SEAL = 'sha256.json'
@@ -58,7 +57,7 @@ class Checkpoints:
         self.directory.mkdir(parents=True, exist_ok=True)
         _remove_half_written(self.directory)
         _set_damaged_aside(self.directory)
-      _barrier('checkpoints are open')
+      hosts.barrier('the checkpoints are open')
       self._orbax = ocp.training.Checkpointer(
         self.directory,
         preservation_policy=_stays(keep, keep_every, best),
@@ -390,11 +389,6 @@ def _set_aside(path: Path, reason: str, then: str = '') -> None:
 def _say(message: str) -> None:
   if jax.process_index() == 0:
     print(message, file=sys.stderr, flush=True)
-
-
-def _barrier(name: str) -> None:
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
 
 
 @contextmanager

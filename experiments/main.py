@@ -9,7 +9,8 @@ Examples:
 The same command resumes a run that was stopped or killed. On SIGTERM, which is how clusters take
 machines back, it saves a checkpoint and ends. The run directory holds config.json, metrics.jsonl,
 examples.jsonl (weight and loss of every example), checkpoints/ and, at the end, result.json. Exit
-status: 0 done, 2 a mistake to fix, 3 a loss was not finite (see abort.json), 75 stopped and saved.
+status: 0 done, 2 a mistake to fix, 3 a loss was not finite (see abort.json), 69 another process of
+the run is lost, 75 stopped and saved.
 """
 
 from __future__ import annotations
@@ -32,14 +33,26 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', 0, 'several processes: how many')
 _PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'several processes: which one, from 0')
+_JOIN_TIMEOUT = flags.DEFINE_integer(
+  'join_timeout', 300, 'several processes: seconds to wait for all of them at the start'
+)
+_HOST_TIMEOUT = flags.DEFINE_integer(
+  'host_timeout', 60, 'several processes: seconds without a sign of life until the others end'
+)
 
 
 def main(_) -> None:
   if not (_WORKDIR.value or _DRY_RUN.value):
     raise UserError('--workdir is missing: try --workdir=runs/first')
-  from experiments import mesh
+  from experiments import hosts
 
-  mesh.initialize_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  hosts.initialize(
+    _COORDINATOR.value,
+    _NUM_PROCESSES.value,
+    _PROCESS_ID.value,
+    join_timeout=_JOIN_TIMEOUT.value,
+    host_timeout=_HOST_TIMEOUT.value,
+  )
   from experiments import train
 
   config = _CONFIG.value
@@ -51,7 +64,8 @@ def main(_) -> None:
     train.say(dry_run.describe(train.build(config)))
     return
   cli.use_compilation_cache(Path(_WORKDIR.value) / '.jax_cache')
-  result = train.train(config, _WORKDIR.value)
+  with hosts.ending_together():
+    result = train.train(config, _WORKDIR.value)
   final = result['final']
   train.say(
     f'done: {result["steps"]} steps, bits per byte macro {final["macro_bpb"]:.4f} '
