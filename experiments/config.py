@@ -350,6 +350,16 @@ def config_hash(config: Mapping) -> str:
 # Printing
 
 
+def origins(config: Mapping, overrides: Mapping[str, Any], file: str) -> dict[str, str]:
+  """{flat key: 'command line', 'default', or the name of the config file that set it}."""
+  defaults, flat = flatten(common.base_config()), flatten(config)
+  is_default = lambda key: key in defaults and defaults[key] == flat[key]
+  return {
+    key: 'command line' if key in overrides else 'default' if is_default(key) else file
+    for key in flat
+  }
+
+
 def format_config(config: Mapping, overrides: Mapping[str, Any], file: str) -> str:
   """One aligned line for each value, marked with where it comes from unless it is a default.
 
@@ -358,15 +368,12 @@ def format_config(config: Mapping, overrides: Mapping[str, Any], file: str) -> s
     overrides: flat keys set on the command line.
     file: the name of the config file.
   """
-  defaults = flatten(common.base_config())
-  flat = flatten(config)
+  flat, set_by = flatten(config), origins(config, overrides, file)
   width = max(map(len, flat))
   lines = []
   for key, value in flat.items():
     line = f'{key:<{width}} = {value!r}'
-    if key in overrides:
-      line = f'{line:<{width + 24}}  # command line'
-    elif key not in defaults or defaults[key] != value:
-      line = f'{line:<{width + 24}}  # {file}'
+    if set_by[key] != 'default':
+      line = f'{line:<{width + 24}}  # {set_by[key]}'
     lines.append(line)
   return '\n'.join(lines)

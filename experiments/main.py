@@ -7,8 +7,9 @@ Examples:
       --config.w.loss.fn=linupper --config.w.loss.temperature=1.0 --config.optim.lr=0.001
 
 The same command resumes a run that was stopped or killed. On SIGTERM, which is how clusters take
-machines back, it saves a checkpoint and ends. The run directory holds config.json, metrics.jsonl,
-examples.jsonl (weight and loss of every example), checkpoints/ and, at the end, result.json. Exit
+machines back, it saves a checkpoint and ends. The run directory holds config.json, provenance.json
+(see experiments.verify), metrics.jsonl, examples.jsonl (weight and loss of every example),
+checkpoints/ and, at the end, result.json. docs/reliability.md says what survives what. Exit
 status: 0 done, 2 a mistake to fix, 3 a loss was not finite (see abort.json), 69 another process of
 the run is lost, 75 stopped and saved.
 """
@@ -56,8 +57,8 @@ def main(_) -> None:
   from experiments import train
 
   config = _CONFIG.value
-  overrides, spec = cli.config_origin()
-  train.say(config_lib.format_config(config, overrides, spec))
+  origin = cli.config_origin()
+  train.say(config_lib.format_config(config, *origin))
   if _DRY_RUN.value:
     from experiments import dry_run
 
@@ -65,7 +66,7 @@ def main(_) -> None:
     return
   cli.use_compilation_cache(Path(_WORKDIR.value) / '.jax_cache')
   with hosts.ending_together():
-    result = train.train(config, _WORKDIR.value)
+    result = train.train(config, _WORKDIR.value, origin=origin)
   final = result['final']
   train.say(
     f'done: {result["steps"]} steps, bits per byte macro {final["macro_bpb"]:.4f} '

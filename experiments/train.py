@@ -24,7 +24,7 @@ import optax
 import jaxrw
 from experiments import checkpoints as checkpoints_lib
 from experiments import config as config_lib
-from experiments import files, live_feed, mixing, optim, signals
+from experiments import files, live_feed, mixing, optim, provenance, signals
 from experiments import mesh as mesh_lib
 from experiments.data import corpus as corpus_lib
 from experiments.data import mixture as mixture_lib
@@ -225,8 +225,20 @@ def summarize_step(
   }
 
 
-def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = None) -> dict:
+def train(
+  config: Any,
+  workdir: str | Path,
+  *,
+  devices: Sequence[Any] | None = None,
+  origin: tuple[Mapping[str, Any], str] | None = None,
+) -> dict:
   """Trains to `config.total_steps`, resuming whatever `workdir` already holds.
+
+  Args:
+    config: a checked config.
+    workdir: the run directory.
+    devices: None: all there are.
+    origin: who set the values of the config; see `provenance.Session`.
 
   Returns:
     The content of `result.json`; for a run that was finished before, without doing anything.
@@ -242,15 +254,18 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
   if (workdir / 'result.json').is_file():
     return files.read_json(workdir / 'result.json')
   run = build(config, devices)
-  with files.exclusive(workdir) if primary else contextlib.nullcontext():
-    result = _train(run, workdir, primary)
+  with (
+    files.exclusive(workdir) if primary else contextlib.nullcontext(),
+    provenance.Session(run, workdir, versions(), origin, primary) as session,
+  ):
+    result = _train(run, workdir, primary, session)
     result['seconds'] = time.monotonic() - started
     if primary:
       files.write_json(workdir / 'result.json', result)
   return result
 
 
-def _train(run: Run, workdir: Path, primary: bool) -> dict:
+def _train(run: Run, workdir: Path, primary: bool, session: provenance.Session) -> dict:
   """The loop, in a run directory that is this process's own."""
   config = run.config
   if primary:
@@ -279,6 +294,7 @@ def _train(run: Run, workdir: Path, primary: bool) -> dict:
       prefetch=config.data.prefetch,
     )
     state, start = resume_or_start(run, saver, data)
+    session.resumed(start)
     if live is not None:
       live.start(start, state.weighting[mixing.STAGE].queue)
     log = stack.enter_context(

@@ -17,11 +17,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from experiments import checkpoints, files, metrics, train
+from experiments import checkpoints, files, metrics, provenance, train, verify
 from experiments import config as config_lib
 from tests.experiments import small
 
 STEPS = 40
+HOST_TIMEOUT = 20  # seconds
 
 
 @pytest.fixture(scope='module')
@@ -68,7 +69,7 @@ def start(setup, workdir: Path, *flags: str, processes: int = 1) -> list[subproc
 
 def finish(running: list[subprocess.Popen]) -> None:
   for process in running:
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output.decode()[-3000:]
 
 
@@ -140,6 +141,10 @@ def test_killed_while_a_checkpoint_is_written(setup, uninterrupted):
   assert not (workdir / 'result.json').exists()
   finish(start(setup, workdir))
   assert_same(outcome(setup, workdir), uninterrupted)
+  killed, last = provenance.read(workdir)['sessions']
+  assert 'ended' not in killed
+  assert last['resumed_after'] > 0
+  assert last['ended']['status'] == 'done'
 
 
 def ask_to_stop(running: list[subprocess.Popen], told: int = 0) -> list[str]:
@@ -164,6 +169,10 @@ def test_asked_to_stop_it_saves_where_it_is(setup, uninterrupted):
   assert not (workdir / 'result.json').exists()
   finish(start(setup, workdir))
   assert_same(outcome(setup, workdir), uninterrupted)
+  ended = [session['ended'] for session in provenance.read(workdir)['sessions']]
+  assert [e['status'] for e in ended] == ['stopped', 'stopped', 'done']
+  assert [e.get('exit_status') for e in ended] == [75, 75, None]
+  assert not any(verify.verify(str(workdir)).values())
 
 
 @pytest.mark.slow
@@ -219,12 +228,12 @@ def test_one_of_two_processes_told_to_stop(setup, two_hosts):
 def test_one_of_two_processes_is_killed(setup, two_hosts, killed):
   """The other ends in time, says why, and the same command goes on bit for bit."""
   workdir = setup[2] / f'two_hosts_without_{killed}'
-  running = start(setup, workdir, '--host_timeout=10', processes=2)
+  running = start(setup, workdir, f'--host_timeout={HOST_TIMEOUT}', processes=2)
   assert wait_until(lambda: steps_done(workdir) >= 17, running)
   running[killed].send_signal(signal.SIGKILL)
   started = time.monotonic()
   output = running[1 - killed].communicate(timeout=120)[0].decode()
-  assert time.monotonic() - started < 10 + 20
+  assert time.monotonic() - started < HOST_TIMEOUT + 30
   assert running[1 - killed].returncode == 69, output[-3000:]
   assert output.splitlines()[-1].startswith('lost: another process of this run died')
   running[killed].communicate()
@@ -261,7 +270,7 @@ def test_only_the_first_process_writes(setup, tmp_path):
   environment = {**environment, 'PYTHONPATH': f'{tmp_path}{os.pathsep}{Path.cwd()}'}
   workdir = base / 'two_hosts_watched'
   running = start((corpus, environment, base), workdir, processes=2)
-  outputs = [process.communicate(timeout=300)[0].decode() for process in running]
+  outputs = [process.communicate(timeout=900)[0].decode() for process in running]
   assert [process.returncode for process in running] == [0, 0]
   written = [
     {path for path in re.findall(r'^writes (.*)$', output, re.MULTILINE) if str(workdir) in path}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from configs import common
-from experiments import checkpoints, dry_run, evaluate, files, metrics, step_log, train
+from experiments import checkpoints, dry_run, evaluate, files, metrics, provenance, step_log, train
 from experiments.errors import NonFiniteError, UserError
 from tests.experiments import small
 
@@ -161,6 +162,21 @@ def test_the_best_checkpoint_survives_and_can_be_evaluated(finished, tmp_path, m
       assert found['macro_bpb'] == score
 
 
+def test_a_run_directory_that_vanishes_stays_away(config, tmp_path, monkeypatch):
+  """Nothing writes half a run into a new one of its name."""
+  save = checkpoints.Checkpoints.save
+
+  def save_in_vain(self, *arguments):
+    self.wait()
+    shutil.rmtree(tmp_path / 'run')
+    save(self, *arguments)
+
+  monkeypatch.setattr(checkpoints.Checkpoints, 'save', save_in_vain)
+  with pytest.raises(UserError, match='has vanished while the run was going on'):
+    run(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
 def test_killed_between_the_last_checkpoint_and_the_result(finished, tmp_path, monkeypatch):
   config, _, result = finished
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -248,6 +264,9 @@ def test_nonfinite_abort_names_the_examples_and_keeps_good_checkpoints(exploding
   for step in checkpoints.committed_steps(tmp_path / 'checkpoints'):
     assert step < report['step']
   assert not (tmp_path / 'result.json').exists()
+  ended = provenance.read(tmp_path)['sessions'][0]['ended']
+  assert (ended['status'], ended['error'], ended['exit_status']) == ('aborted', 'NonFiniteError', 3)
+  assert 'Lower config.optim.lr' in ended['message']
 
 
 def test_nonfinite_skip_goes_on(exploding, tmp_path, monkeypatch):
