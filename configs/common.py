@@ -123,7 +123,9 @@ def base_config() -> ConfigDict:
   config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
   # max_blocks counts per domain; 0 means all.
   config.eval = ConfigDict(dict(every=100, batch_size=32, max_blocks=64, split='validation'))
-  config.checkpoint = ConfigDict(dict(every=100, keep=2, init_from=''))
+  # The `keep` newest checkpoints stay, those at multiples of keep_every (0: none) and the best, the
+  # one with the lowest macro_bpb, or another metric of the evaluation ('': none).
+  config.checkpoint = ConfigDict(dict(every=100, keep=2, keep_every=0, best='', init_from=''))
   # examples_every: how often each example's id, weight and loss are written; 0 means never.
   # ledger: the same of every step as Parquet for queries; see docs/ledger.md.
   config.log = ConfigDict(

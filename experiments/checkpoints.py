@@ -8,26 +8,27 @@ goes on from the checkpoint before.
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from experiments import files
+from experiments import files, hosts
 from experiments.errors import UserError
 
 SEAL = 'sha256.json'
+_NEVER = 2**31  # seconds
+_SMALL = 2**16  # bytes; what describes a checkpoint is smaller, and Orbax reads it of all of them
 
 # What Orbax logs it also raises, and what it raises is reported here, once.
 logging.getLogger('absl').addFilter(lambda record: f'{os.sep}orbax{os.sep}' not in record.pathname)
@@ -43,18 +44,25 @@ class Checkpoints:
   Args:
     directory: created when missing.
     keep: how many of the newest checkpoints stay.
+    keep_every: checkpoints at multiples of this step stay as well; 0: none.
+    best: a metric; the checkpoint with the lowest stays, of equal ones the newest. '': none.
   """
 
-  def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
+  def __init__(
+    self, directory: str | os.PathLike, *, keep: int = 2, keep_every: int = 0, best: str = ''
+  ):
     self.directory = Path(directory).absolute()
-    if jax.process_index() == 0:
-      _remove_half_written(self.directory)
-      _set_damaged_aside(self.directory)
-    _barrier('checkpoints are open')
     with _write_errors(self.directory):
+      if jax.process_index() == 0:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        _remove_half_written(self.directory)
+        _set_damaged_aside(self.directory)
+      hosts.barrier('the checkpoints are open')
       self._orbax = ocp.training.Checkpointer(
         self.directory,
-        preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        preservation_policy=_stays(keep, keep_every, best),
+        # Orbax goes by the system's clock; one that is set during a save looks like a timeout.
+        context=ocp.Context(async_options=ocp.options.AsyncOptions(timeout_secs=_NEVER)),
       )
     self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix='seal')
     self._pending: Future | None = None
@@ -69,7 +77,14 @@ class Checkpoints:
     """The step of the newest good checkpoint, or None. A save in progress does not count."""
     return max(committed_steps(self.directory), default=None)
 
-  def save(self, step: int, state: Any, data_state: dict, metadata: dict) -> None:
+  def save(
+    self,
+    step: int,
+    state: Any,
+    data_state: dict,
+    metadata: dict,
+    metrics: Mapping[str, Any] | None = None,
+  ) -> None:
     """Starts to save and returns once `state` may be donated; waits for the save before it, if any.
 
     Args:
@@ -77,19 +92,28 @@ class Checkpoints:
       state: a pytree whose leaves are all `jax.Array`.
       data_state: JSON, the position of the data iterator; identical on every process.
       metadata: JSON, whatever should travel along; identical on every process.
+      metrics: the evaluation of `state`, if there was one; its finite floats can be the `best`.
 
     Raises:
       UserError: this save, or the one before, could not be written. Earlier checkpoints are intact.
     """
     self.wait()
+    if not self.directory.is_dir():
+      raise UserError(
+        f'{self.directory} has vanished while the run was going on: put it back, or choose another '
+        '--workdir, then run the same command again'
+      )
     if step in committed_steps(self.directory):
       return
+    finite = lambda value: isinstance(value, float) and math.isfinite(value)
+    metrics = {name: value for name, value in (metrics or {}).items() if finite(value)}
     with _write_errors(self.directory):
       response = self._orbax.save_checkpointables_async(
         step,
         {'state': state},
         force=True,
-        custom_metadata={'data_state': data_state, 'metadata': metadata},
+        metrics=metrics or None,
+        custom_metadata={'data_state': data_state, 'metadata': metadata, 'metrics': metrics},
       )
     self._pending = self._worker.submit(self._finish, response, step)
 
@@ -148,32 +172,95 @@ class Checkpoints:
         # that was committed but not yet sealed when its process died may be either.
         if step is not None or (path / SEAL).exists() or jax.process_count() > 1:
           raise
-        _set_aside(path, f'{type(e).__name__} while reading it')
+        _set_aside(path, f'{type(e).__name__} while reading it', ', using the one before')
         self._orbax.reload()
 
 
-def restore_params(path: str | os.PathLike, abstract_params: Any, *, field: str = 'params') -> Any:
-  """Reads the parameters of the newest good checkpoint, and nothing else.
+def _stays(keep: int, keep_every: int, best: str) -> Any:
+  """Which checkpoints stay: judged by their steps and metrics alone, so never by a clock."""
+  policies = ocp.training.preservation_policies
+  chosen = [policies.LatestN(keep)]
+  if keep_every:
+    chosen.append(policies.EveryNSteps(keep_every))
+  if best:
+    chosen.append(
+      policies.BestN(
+        get_metric_fn=lambda metrics: -metrics.get(best, math.inf),
+        n=1,
+        keep_checkpoints_without_metrics=False,
+      )
+    )
+  return policies.AnyPreservationPolicy(chosen)
+
+
+def restore_params(
+  path: str | os.PathLike, abstract_params: Any, *, field: str = 'params', which: str = ''
+) -> Any:
+  """Reads the parameters of one good checkpoint, and nothing else.
 
   Args:
     path: a run directory, or its `checkpoints`.
     abstract_params: a pytree of `jax.ShapeDtypeStruct`; leaves without a sharding go to the first
       device.
     field: the field of the saved state to read.
+    which: '': the newest; '200': of that step; 'macro_bpb': the one where that metric is lowest.
 
   Raises:
-    UserError: there is no checkpoint, or it holds other parameters.
+    UserError: there is no such checkpoint, or it holds other parameters.
   """
   path = Path(path).absolute()
   directory = path / 'checkpoints' if (path / 'checkpoints').is_dir() else path
-  for step in reversed(committed_steps(directory)):
+  for step in _candidates(directory, which):
     if reason := damage(directory / str(step)):
       _say(f'checkpoint {directory / str(step)} is damaged ({reason}); trying the one before')
       continue
     return _load(directory / str(step), {field: abstract_params}, partial=True)[0][field]
+  there = ', '.join(map(str, committed_steps(directory)))
+  if which and there:
+    raise UserError(
+      f'{directory} has no checkpoint {which!r} that can be read; there is one of each step {there}'
+    )
   raise UserError(
     f'{path} holds no checkpoint that can be read; give the directory of a finished run'
   )
+
+
+def resolve_step(config: Any, step: str) -> str:
+  """What --step means for the run of `config`: '', a step, or 'best', which is the run's metric.
+
+  Raises:
+    UserError: none of these, or the run kept no best checkpoint.
+  """
+  if step != 'best':
+    if step and not step.isdecimal():
+      raise UserError(f"--step={step}: must be a step such as 200, or 'best'; empty: the newest")
+    return step
+  if not config.checkpoint.best:
+    raise UserError(
+      "--step=best: the run has config.checkpoint.best='', so it kept no best checkpoint; "
+      'leave --step out for the newest'
+    )
+  return config.checkpoint.best
+
+
+def _candidates(directory: Path, which: str) -> list[int]:
+  """The steps that fit `which`, see `restore_params`, in the order to try them."""
+  steps = committed_steps(directory)[::-1]
+  if not which:
+    return steps
+  if which.isdecimal():
+    return [step for step in steps if step == int(which)]
+  metrics = {step: _metrics(directory / str(step)) for step in steps}
+  return sorted(
+    (step for step in steps if which in metrics[step]), key=lambda step: metrics[step][which]
+  )
+
+
+def _metrics(path: Path) -> dict[str, float]:
+  if reason := damage(path, _SMALL):
+    _say(f'checkpoint {path} is damaged ({reason}); left out')
+    return {}
+  return ocp.checkpointables_metadata(path).custom_metadata.get('metrics', {})
 
 
 # Reading
@@ -230,26 +317,35 @@ def seal(path: Path) -> None:
   files.write_json(path / SEAL, _digests(path))
 
 
-def damage(path: Path) -> str:
-  """What is wrong with a checkpoint in a few words, or ''; one without a seal cannot be judged."""
-  if not (path / SEAL).exists():
-    return ''
+def damage(path: Path, largest: float = math.inf) -> str:
+  """What is wrong with a checkpoint in a few words, or ''.
+
+  One without a seal, whose process was killed before it, must at least list its arrays.
+
+  Args:
+    path: the folder of the checkpoint.
+    largest: files of more bytes are not read.
+  """
   try:
+    if not (path / SEAL).exists():
+      found = ocp.checkpointables_metadata(path)
+      described = _leaves(found.metadata['state']) and found.custom_metadata
+      return '' if described else 'it does not say what it holds'
     sealed = files.read_json(path / SEAL)
-    found = _digests(path)
-  except (UserError, OSError) as e:
-    return str(e)
+    found = _digests(path, largest)
+  except Exception as e:  # Orbax raises whatever parsing a broken file does
+    return str(e).partition('\n')[0] or type(e).__name__
   for name in sorted(sealed.keys() | found.keys()):
-    if sealed.get(name) != found.get(name):
+    if found.get(name, '') not in (sealed.get(name), 'unread'):
       return f'{name} is {"changed" if name in found else "missing"}'
   return ''
 
 
-def _digests(path: Path) -> dict[str, str]:
+def _digests(path: Path, largest: float = math.inf) -> dict[str, str]:
   digests = {}
   for file in sorted(p for p in path.rglob('*') if p.is_file() and p.name != SEAL):
-    with file.open('rb') as f:
-      digests[file.relative_to(path).as_posix()] = hashlib.file_digest(f, 'sha256').hexdigest()
+    name = file.relative_to(path).as_posix()
+    digests[name] = 'unread' if file.stat().st_size > largest else files.sha256(file)
   return digests
 
 
@@ -269,29 +365,30 @@ def _remove_half_written(directory: Path) -> None:
 
 
 def _set_damaged_aside(directory: Path) -> None:
-  """Renames the newest checkpoints until one is good; older ones are not read."""
+  """Renames the newest checkpoints until one is good; of older ones only small files are read."""
+  for path in directory.glob('*'):
+    if path.name.isdigit() and not path.is_dir():
+      _set_aside(path, 'it is not a folder')
+  found_good = False
   for step in reversed(committed_steps(directory)):
-    reason = damage(directory / str(step))
-    if not reason:
-      return
-    _set_aside(directory / str(step), reason)
+    path = directory / str(step)
+    if reason := damage(path, _SMALL if found_good else math.inf):
+      _set_aside(path, reason, '' if found_good else ', using the one before')
+    else:
+      found_good = True
 
 
-def _set_aside(path: Path, reason: str) -> None:
+def _set_aside(path: Path, reason: str, then: str = '') -> None:
   aside = path.with_name(f'{path.name}.damaged')
-  shutil.rmtree(aside, ignore_errors=True)
+  if aside.is_dir():
+    shutil.rmtree(aside, ignore_errors=True)
   path.rename(aside)
-  _say(f'checkpoint {path} is damaged ({reason}): renamed to {aside.name}, using the one before')
+  _say(f'checkpoint {path} is damaged ({reason}): renamed to {aside.name}{then}')
 
 
 def _say(message: str) -> None:
   if jax.process_index() == 0:
     print(message, file=sys.stderr, flush=True)
-
-
-def _barrier(name: str) -> None:
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
 
 
 @contextmanager
@@ -306,6 +403,7 @@ def _write_errors(directory: Path) -> Iterator[None]:
     if jax.process_index() == 0:
       _remove_half_written(directory)
     raise UserError(
-      f'cannot save a checkpoint in {directory}: {reason[1] if reason else e.strerror}; free space '
-      'or choose another --workdir, then run the same command again: earlier checkpoints are intact'
+      f'cannot save a checkpoint in {directory}: {reason[1] if reason else e.strerror or e}; free '
+      'space or choose another --workdir, then run the same command again: earlier checkpoints are '
+      'intact'
     ) from e

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_flags
 
 from configs.common import ConfigError
 from experiments import config as config_lib
-from experiments.errors import NonFiniteError, StoppedError, UserError
+from experiments.errors import HostLostError, NonFiniteError, StoppedError, UserError
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # a flag belongs to the program that defines it, for --help's sake
@@ -37,8 +37,8 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
   """Parses the flags, calls `main(positional arguments)` and exits.
 
   What the user can fix ends in `error: <one line>` on stderr and exit status 2, without traceback;
-  numbers that stop being finite end in status 3, and a run that was asked to stop and has saved in
-  75. `--help` prints the program's docstring.
+  numbers that stop being finite end in status 3, a run that lost one of its processes in 69, one
+  that was asked to stop and has saved in 75. `--help` prints the program's docstring.
 
   Args:
     main: the program.
@@ -55,8 +55,9 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False) -> None:
   except (UserError, NonFiniteError, ConfigError) as e:
     print(f'error: {config_lib.one_line(e)}', file=sys.stderr)
     sys.exit(getattr(e, 'exit_status', UserError.exit_status))
-  except StoppedError as e:
-    print(f'stopped: {config_lib.one_line(e)}', file=sys.stderr)
+  except (HostLostError, StoppedError) as e:
+    what = 'stopped' if isinstance(e, StoppedError) else 'lost'
+    print(f'{what}: {config_lib.one_line(e)}', file=sys.stderr)
     sys.exit(e.exit_status)
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)

@@ -22,8 +22,10 @@ from experiments.errors import UserError
 # Keys that change what is logged, kept or where, never a parameter or a score. A run may be resumed
 # with others, and `config_hash` ignores them.
 HARMLESS = (
+  'checkpoint.best',
   'checkpoint.every',
   'checkpoint.keep',
+  'checkpoint.keep_every',
   'data.prefetch',
   'data.root',
   'data.tfds_dir',
@@ -261,6 +263,11 @@ def _check_together(config: ConfigDict) -> None:
   if list(config.mesh.values()).count(-1) > 1:
     sizes = ', '.join(f'config.mesh.{axis}={size}' for axis, size in config.mesh.items())
     raise UserError(f'{sizes}: only one may take all the rest')
+  if config.checkpoint.best and config.eval.every % config.checkpoint.every:
+    raise UserError(
+      f'config.eval.every={config.eval.every} must be a multiple of '
+      f'config.checkpoint.every={config.checkpoint.every}, so that the best state has a checkpoint'
+    )
 
 
 # Storing
@@ -344,6 +351,16 @@ def config_hash(config: Mapping) -> str:
 # Printing
 
 
+def origins(config: Mapping, overrides: Mapping[str, Any], file: str) -> dict[str, str]:
+  """{flat key: 'command line', 'default', or the name of the config file that set it}."""
+  defaults, flat = flatten(common.base_config()), flatten(config)
+  is_default = lambda key: key in defaults and defaults[key] == flat[key]
+  return {
+    key: 'command line' if key in overrides else 'default' if is_default(key) else file
+    for key in flat
+  }
+
+
 def format_config(config: Mapping, overrides: Mapping[str, Any], file: str) -> str:
   """One aligned line for each value, marked with where it comes from unless it is a default.
 
@@ -352,15 +369,12 @@ def format_config(config: Mapping, overrides: Mapping[str, Any], file: str) -> s
     overrides: flat keys set on the command line.
     file: the name of the config file.
   """
-  defaults = flatten(common.base_config())
-  flat = flatten(config)
+  flat, set_by = flatten(config), origins(config, overrides, file)
   width = max(map(len, flat))
   lines = []
   for key, value in flat.items():
     line = f'{key:<{width}} = {value!r}'
-    if key in overrides:
-      line = f'{line:<{width + 24}}  # command line'
-    elif key not in defaults or defaults[key] != value:
-      line = f'{line:<{width + 24}}  # {file}'
+    if set_by[key] != 'default':
+      line = f'{line:<{width + 24}}  # {set_by[key]}'
     lines.append(line)
   return '\n'.join(lines)

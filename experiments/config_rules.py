@@ -58,6 +58,7 @@ MIXTURE = (
   "'uniform', 'natural', 'uniform except qa+law', shares such as 'web=0.5,code=0.5' or an existing "
   'mixture.json'
 )
+METRICS = ('macro_bpb', 'micro_bpb', 'worst_bpb', 'macro_loss', 'micro_loss')
 MESH_AXIS = Rule(lambda x: x == -1 or x >= 1, 'at least 1, or -1 for all remaining devices')
 
 RULES = {
@@ -122,6 +123,8 @@ RULES = {
   'eval.split': Rule(bool, "the name of a split, such as 'validation'"),
   'checkpoint.every': at_least(1),
   'checkpoint.keep': at_least(1),
+  'checkpoint.keep_every': at_least(0),
+  'checkpoint.best': Rule(lambda x: not x or x in METRICS, f"'' or one of {', '.join(METRICS)}"),
   'checkpoint.init_from': Rule(lambda x: not x or Path(x).is_dir(), 'an existing run directory'),
   'log.every': at_least(1),
   'log.examples_every': at_least(0),

@@ -13,6 +13,12 @@ class NonFiniteError(Exception):
   exit_status = 3
 
 
+class HostLostError(Exception):
+  """Another process of the run died, or did not come; all of them must be started again."""
+
+  exit_status = 69  # EX_UNAVAILABLE of sysexits.h
+
+
 class StoppedError(Exception):
   """The run was asked to stop, and saved; the same command goes on from there."""
 

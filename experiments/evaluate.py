@@ -2,6 +2,7 @@
 
 python -m experiments.evaluate --workdir=runs/quickstart
 python -m experiments.evaluate --workdir=runs/quickstart --split=train --max_blocks=256
+python -m experiments.evaluate --workdir=runs/quickstart --step=best
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from experiments.verdict import format_table
 FLAGS = flags.FLAGS
 
 
-def evaluate(workdir: str, *, split: str, max_blocks: int) -> tuple[dict[str, Any], str]:
-  """Evaluates the newest checkpoint of a run on the first device.
+def evaluate(
+  workdir: str, *, split: str, max_blocks: int, step: str = ''
+) -> tuple[dict[str, Any], str]:
+  """Evaluates a checkpoint of a run on the first device: the newest, that of a step, or 'best'.
 
   Returns:
     (summary as of `experiments.evaluators.language.summarize`, fingerprint of the text).
@@ -34,12 +37,12 @@ def evaluate(workdir: str, *, split: str, max_blocks: int) -> tuple[dict[str, An
 
   import jax
 
-  from experiments import train
-  from experiments.checkpoints import restore_params
+  from experiments import checkpoints, train
 
+  which = checkpoints.resolve_step(config, step)
   run = train.build(config, devices=jax.local_devices()[:1])
   run.corpus.sizes(split)  # an unknown split fails before the checkpoint is read
-  params = restore_params(workdir, run.abstract_state.params)
+  params = checkpoints.restore_params(workdir, run.abstract_state.params, which=which)
   return train.evaluate(run, params, split, max_blocks), run.corpus.fingerprint
 
 
@@ -77,10 +80,13 @@ def define_flags() -> None:
   flags.DEFINE_string('workdir', '', 'the directory of the run')
   flags.DEFINE_string('split', 'validation', 'which split')
   flags.DEFINE_integer('max_blocks', 0, 'blocks of each domain; 0 takes all')
+  flags.DEFINE_string('step', '', "which checkpoint: a step, or 'best'; empty: the newest")
 
 
 def main(_: list[str]) -> None:
-  summary, fingerprint = evaluate(FLAGS.workdir, split=FLAGS.split, max_blocks=FLAGS.max_blocks)
+  summary, fingerprint = evaluate(
+    FLAGS.workdir, split=FLAGS.split, max_blocks=FLAGS.max_blocks, step=FLAGS.step
+  )
   result = Run(Path(FLAGS.workdir)).result or {}
   # The floor was measured on validation text and says nothing about another split.
   floor = result.get('bigram_floor', {}) if FLAGS.split == 'validation' else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import tempfile
@@ -75,6 +76,12 @@ def read_json(path: str | os.PathLike) -> Any:
     raise UserError(f'{path} is not valid JSON ({e}); delete it or restore it from a copy') from e
 
 
+def sha256(path: str | os.PathLike) -> str:
+  """The SHA-256 of a file, in hex."""
+  with open(path, 'rb') as f:
+    return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
 def jsonable(value: Any) -> Any:
   """`value` with arrays as lists, array scalars as numbers, and NaN and infinity as None.
 
@@ -96,9 +103,15 @@ def exclusive(folder: str | os.PathLike) -> Iterator[None]:
   """Holds `folder` for this process; the system lets go when the process ends, however it ends.
 
   Raises:
-    UserError: another process holds it.
+    UserError: another process holds it, or it cannot be written.
   """
-  Path(folder).mkdir(parents=True, exist_ok=True)
+  try:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, '.lock').touch()
+  except OSError as e:
+    raise UserError(
+      f'cannot write into {folder}: {e.strerror}; choose a --workdir that you can write to'
+    ) from e
   with Path(folder, '.lock').open('w') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

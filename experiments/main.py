@@ -8,9 +8,11 @@ Examples:
       --config.w.loss.fn=linupper --config.w.loss.temperature=1.0 --config.optim.lr=0.001
 
 The same command resumes a run that was stopped or killed. On SIGTERM, which is how clusters take
-machines back, it saves a checkpoint and ends. The run directory holds config.json, metrics.jsonl,
-examples.jsonl (weight and loss of every example), checkpoints/ and, at the end, result.json. Exit
-status: 0 done, 2 a mistake to fix, 3 a loss was not finite (see abort.json), 75 stopped and saved.
+machines back, it saves a checkpoint and ends. The run directory holds config.json, provenance.json
+(see experiments.verify), metrics.jsonl, examples.jsonl (weight and loss of every example),
+checkpoints/ and, at the end, result.json. docs/reliability.md says what survives what. Exit
+status: 0 done, 2 a mistake to fix, 3 a loss was not finite (see abort.json), 69 another process of
+the run is lost, 75 stopped and saved.
 """
 
 from __future__ import annotations
@@ -46,6 +48,12 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', 0, 'several processes: how many')
 _PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'several processes: which one, from 0')
+_JOIN_TIMEOUT = flags.DEFINE_integer(
+  'join_timeout', 300, 'several processes: seconds to wait for all of them at the start'
+)
+_HOST_TIMEOUT = flags.DEFINE_integer(
+  'host_timeout', 60, 'several processes: seconds without a sign of life until the others end'
+)
 
 
 def main(_) -> None:
@@ -56,21 +64,33 @@ def main(_) -> None:
     raise UserError(f'--json={_JSON.value} is for a dry run: add --dry_run or --compile_for')
   if not _WORKDIR.value:
     raise UserError('--workdir is missing: try --workdir=runs/first')
-  from experiments import mesh
-
-  mesh.initialize_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-  from experiments import train
+  join()
+  from experiments import hosts, train
 
   config = _CONFIG.value
-  overrides, spec = cli.config_origin()
-  train.say(config_lib.format_config(config, overrides, spec))
+  origin = cli.config_origin()
+  train.say(config_lib.format_config(config, *origin))
   cli.use_compilation_cache(Path(_WORKDIR.value) / '.jax_cache')
-  result = train.train(config, _WORKDIR.value)
+  with hosts.ending_together():
+    result = train.train(config, _WORKDIR.value, origin=origin)
   final = result['final']
   train.say(
     f'done: {result["steps"]} steps, bits per byte macro {final["macro_bpb"]:.4f} '
     f'(byte bigram {result["bigram_floor_macro"]:.4f}), worst {final["worst_bpb"]:.4f} '
     f'({final["worst_domain"]}); {_WORKDIR.value}/result.json'
+  )
+
+
+def join() -> None:
+  """Finds the other processes, if there are any."""
+  from experiments import hosts
+
+  hosts.initialize(
+    _COORDINATOR.value,
+    _NUM_PROCESSES.value,
+    _PROCESS_ID.value,
+    join_timeout=_JOIN_TIMEOUT.value,
+    host_timeout=_HOST_TIMEOUT.value,
   )
 
 
@@ -80,10 +100,12 @@ def dry_run() -> None:
 
   topology = hardware.parse_topology(_COMPILE_FOR.value or 'local')
   hardware.prepare(topology)
+  if topology.platform == 'local':
+    join()
   from experiments import dry_run, files, train
 
   config = _CONFIG.value
-  print(config_lib.format_config(config, *cli.config_origin()), flush=True)
+  train.say(config_lib.format_config(config, *cli.config_origin()))
   devices = hardware.devices(topology)
   run, uniform = train.build(config, devices), None
   if _COMPILE_FOR.value and _ADDS.value:
@@ -91,7 +113,7 @@ def dry_run() -> None:
     common.set_weighting(plain, 'uniform')
     uniform = train.build(plain, devices)
   found = dry_run.report(run, uniform)
-  print(dry_run.describe(run, found))
+  train.say(dry_run.describe(run, found))
   if _JSON.value:
     files.write_json(_JSON.value, found)
 

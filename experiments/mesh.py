@@ -24,33 +24,6 @@ ROWS = ('data', 'fsdp')  # the axes that a batch is cut over
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 
-def initialize_distributed(
-  coordinator: str = '', num_processes: int = 0, process_id: int = -1
-) -> None:
-  """Joins this process to the others; call it before anything else touches jax.
-
-  Args:
-    coordinator: 'host:port' of process 0, the same in every process. '' with the other arguments
-      at their defaults means a single process and does nothing; 'auto' asks the cluster (TPU pods,
-      SLURM, MPI) for all three.
-    num_processes: how many processes take part.
-    process_id: which one this is, from 0.
-  """
-  if coordinator == 'auto':
-    jax.distributed.initialize()
-  elif coordinator:
-    if not 0 <= process_id < num_processes:
-      raise UserError(
-        f'process_id={process_id} does not fit num_processes={num_processes}: '
-        f'give each of the {num_processes} processes its own number, from 0'
-      )
-    jax.distributed.initialize(coordinator, num_processes, process_id)
-  elif num_processes > 1:
-    raise UserError(
-      f'num_processes={num_processes} without a coordinator: give host:port of process 0'
-    )
-
-
 def make_mesh(
   data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:

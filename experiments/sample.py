@@ -72,9 +72,11 @@ def generate(
 
 
 def sample(
-  workdir: str, prompt: str, *, num_tokens: int, temperature: float, top_k: int, seed: int
-) -> str:
-  """What the newest checkpoint of a run writes after `prompt`, up to the end of the document."""
+  workdir: str, prompt: str, *, num_tokens: int, temperature: float, top_k: int, seed: int,
+  step: str = '',
+) -> str:  # fmt: skip
+  """What a checkpoint of a run (the newest, that of a step, or 'best') writes after `prompt`, up to
+  the end of the document."""
   if not workdir:
     raise UserError('--workdir is missing: give the directory of a finished run')
   if num_tokens < 1:
@@ -89,17 +91,17 @@ def sample(
 
   import jax
 
-  from experiments import models
-  from experiments.checkpoints import restore_params
+  from experiments import checkpoints, models
   from experiments.models import lm
 
+  which = checkpoints.resolve_step(config, step)
   tokenizer = open_tokenizer(config.data)
   model = models.from_config(
     config.model, vocab_size=tokenizer.vocab_size, seq_len=config.data.seq_len
   )
   model = dataclasses.replace(model, dropout=0.0, attention='xla')
   shapes = jax.eval_shape(functools.partial(lm.init, cfg=model), jax.random.key(0))
-  params = restore_params(workdir, shapes)
+  params = checkpoints.restore_params(workdir, shapes, which=which)
 
   def logits_fn(params, tokens):
     # A padded vocabulary has rows that no token stands for.
@@ -134,12 +136,13 @@ def define_flags() -> None:
   flags.DEFINE_float('temperature', 0.8, '0 always takes the most likely token')
   flags.DEFINE_integer('top_k', 0, 'choose among the k most likely tokens; 0: among all')
   flags.DEFINE_integer('seed', 0, 'equal seeds write equal text')
+  flags.DEFINE_string('step', '', "which checkpoint: a step, or 'best'; empty: the newest")
 
 
 def main(_: list[str]) -> None:
   text = sample(
     FLAGS.workdir, FLAGS.prompt, num_tokens=FLAGS.num_tokens, temperature=FLAGS.temperature,
-    top_k=FLAGS.top_k, seed=FLAGS.seed,
+    top_k=FLAGS.top_k, seed=FLAGS.seed, step=FLAGS.step,
   )  # fmt: skip
   print(FLAGS.prompt + text)
 

@@ -24,7 +24,7 @@ import optax
 import jaxrw
 from experiments import checkpoints as checkpoints_lib
 from experiments import config as config_lib
-from experiments import files, live_feed, mixing, models, optim, signals
+from experiments import files, live_feed, mixing, models, optim, provenance, signals
 from experiments import mesh as mesh_lib
 from experiments.data import corpus as corpus_lib
 from experiments.data import mixture as mixture_lib
@@ -232,8 +232,20 @@ def summarize_step(
   }
 
 
-def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = None) -> dict:
+def train(
+  config: Any,
+  workdir: str | Path,
+  *,
+  devices: Sequence[Any] | None = None,
+  origin: tuple[Mapping[str, Any], str] | None = None,
+) -> dict:
   """Trains to `config.total_steps`, resuming whatever `workdir` already holds.
+
+  Args:
+    config: a checked config.
+    workdir: the run directory.
+    devices: None: all there are.
+    origin: who set the values of the config; see `provenance.Session`.
 
   Returns:
     The content of `result.json`; for a run that was finished before, without doing anything.
@@ -249,15 +261,18 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
   if (workdir / 'result.json').is_file():
     return files.read_json(workdir / 'result.json')
   run = build(config, devices)
-  with files.exclusive(workdir) if primary else contextlib.nullcontext():
-    result = _train(run, workdir, primary)
+  with (
+    files.exclusive(workdir) if primary else contextlib.nullcontext(),
+    provenance.Session(run, workdir, versions(), origin, primary) as session,
+  ):
+    result = _train(run, workdir, primary, session)
     result['seconds'] = time.monotonic() - started
     if primary:
       files.write_json(workdir / 'result.json', result)
   return result
 
 
-def _train(run: Run, workdir: Path, primary: bool) -> dict:
+def _train(run: Run, workdir: Path, primary: bool, session: provenance.Session) -> dict:
   """The loop, in a run directory that is this process's own."""
   config = run.config
   if primary:
@@ -266,7 +281,12 @@ def _train(run: Run, workdir: Path, primary: bool) -> dict:
     say(f'note: {remark}')
   with (
     live_feed.live_feed(config) as live,
-    checkpoints_lib.Checkpoints(workdir / 'checkpoints', keep=config.checkpoint.keep) as saver,
+    checkpoints_lib.Checkpoints(
+      workdir / 'checkpoints',
+      keep=config.checkpoint.keep,
+      keep_every=config.checkpoint.keep_every,
+      best=config.checkpoint.best,
+    ) as saver,
     contextlib.ExitStack() as stack,
   ):
     data = pipeline.train_iterator(
@@ -281,6 +301,7 @@ def _train(run: Run, workdir: Path, primary: bool) -> dict:
       prefetch=config.data.prefetch,
     )
     state, start = resume_or_start(run, saver, data)
+    session.resumed(start)
     if live is not None:
       live.start(start, state.weighting[mixing.STAGE].queue)
     log = stack.enter_context(
@@ -298,7 +319,8 @@ def _train(run: Run, workdir: Path, primary: bool) -> dict:
         live.publish(step - 1, record['mixture']['proportions'])
       log.step(step, record, data.get_state()['used'] if log.writes(step) else None)
       last = step == config.total_steps
-      if last or step % config.eval.every == 0:
+      evaluates = last or step % config.eval.every == 0
+      if evaluates:
         with log.pause():
           evaluated = evaluate(run, state.params, config.eval.split, config.eval.max_blocks)
         log.evaluation(step, evaluated)
@@ -308,7 +330,8 @@ def _train(run: Run, workdir: Path, primary: bool) -> dict:
         with log.pause():
           log.commit()  # which looks at every step before it: a broken state is never saved
           mesh_lib.check_same_everywhere(data.get_state()['used'], 'the plan of the batches')
-          saver.save(step, state, data.get_state(), {'versions': versions()})
+          scores = evaluated if evaluates else None
+          saver.save(step, state, data.get_state(), {'versions': versions()}, scores)
       if stopping and not last:
         saver.wait()
         raise StoppedError(f'saved after step {step}; the same command goes on from there')

@@ -61,11 +61,19 @@ def interrupted_after(step, monkeypatch):
 
 def program(module: str, corpus: Path, workdir: Path, *flags: str) -> subprocess.CompletedProcess:
   """Runs a program on four tiny steps of `write_corpus`, as a user does."""
+  return called(
+    module,
+    workdir,
+    f'--workdir={workdir}',
+    f'--config=configs/lm.py:path={corpus},quick',
+    *('--noconfig.model.scan', *flags),
+  )
+
+
+def called(module: str, workdir: Path, *arguments: str) -> subprocess.CompletedProcess:
+  """Runs a program on one device, with the prepared data of the run in `workdir`."""
   return subprocess.run(
-    [
-      *(sys.executable, '-m', module, f'--workdir={workdir}'),
-      *(f'--config=configs/lm.py:path={corpus},quick', '--noconfig.model.scan', *flags),
-    ],
+    [sys.executable, '-m', module, *arguments],
     env={**os.environ, 'JAX_NUM_CPU_DEVICES': '1', 'JAXRW_DATA': f'{workdir}-data'},
     capture_output=True,
     text=True,

@@ -2,10 +2,12 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
+from configs import common
 from experiments import checkpoints
 from experiments.checkpoints import Checkpoints, restore_params
 from experiments.errors import UserError
@@ -61,12 +64,17 @@ def assert_same_bits(a, b):
     assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-def run_with(tmp_path, *steps, keep=2):
-  """A run directory whose checkpoint of step s holds make_state(s)."""
-  with Checkpoints(tmp_path / 'checkpoints', keep=keep) as saved:
+def run_with(tmp_path, *steps, scores=None, **policy):
+  """A run directory whose checkpoint of step s holds make_state(s), evaluated if it has a score."""
+  with Checkpoints(tmp_path / 'checkpoints', **policy) as saved:
     for step in steps:
-      saved.save(step, make_state(step), {'used': [step]}, {'loss': step / 2})
+      metrics = {'macro_bpb': scores[step], 'tokens': 9} if step in (scores or {}) else None
+      saved.save(step, make_state(step), {'used': [step]}, {'loss': step / 2}, metrics)
   return tmp_path / 'checkpoints'
+
+
+def steps_of(directory):
+  return sorted(map(int, os.listdir(directory)))
 
 
 def largest_file(path):
@@ -141,6 +149,75 @@ def test_keeps_the_newest(tmp_path):
     back, data_state, metadata = saved.restore(abstract(make_state()), step=4)
   assert_same_bits(back, make_state(4))
   assert (data_state, metadata) == ({'used': [4]}, {'loss': 2.0})
+
+
+SCORES = {2: 1.5, 3: 1.25, 4: 1.25, 5: float('nan'), 6: 1.75}
+
+
+def test_the_best_and_every_fourth_stay(tmp_path):
+  """Of equal scores the newest; a step without a finite score, 1 and 5, is never the best."""
+  policy = dict(scores=SCORES, keep=1, keep_every=4, best='macro_bpb')
+  directory = run_with(tmp_path, 1, 2, 3, **policy)
+  assert steps_of(directory) == [3]
+  assert steps_of(run_with(tmp_path, 4, 5, 6, 7, 8, 9, **policy)) == [4, 8, 9]
+  assert steps_of(run_with(tmp_path, 10, scores={10: 1.0}, keep=1, best='macro_bpb')) == [10]
+
+
+def test_the_best_is_the_same_after_a_kill(tmp_path):
+  """A process may die after a save and before what it makes superfluous is deleted."""
+  policy = dict(scores=SCORES, keep=1, best='macro_bpb')
+  kept = steps_of(run_with(tmp_path / 'undisturbed', 1, 2, 3, 6, 7, **policy))
+  assert kept == [3, 7]
+  directory = run_with(tmp_path / 'killed', 1, 2, 3, 6, scores=SCORES, keep=9)
+  assert steps_of(directory) == [1, 2, 3, 6]
+  assert steps_of(run_with(tmp_path / 'killed', 7, **policy)) == kept
+
+
+def test_read_the_best_or_a_step(tmp_path, capfd):
+  directory = run_with(tmp_path, 2, 3, 4, 6, 7, scores=SCORES, keep=9)
+  shapes = abstract(make_state().params)
+  read = lambda which: restore_params(tmp_path, shapes, which=which)
+  assert_same_bits(read('macro_bpb'), make_state(4).params)
+  assert_same_bits(read('6'), make_state(6).params)
+  assert_same_bits(read(''), make_state(7).params)
+  truncate(directory / '4')
+  assert_same_bits(read('macro_bpb'), make_state(3).params)
+  (directory / '3' / 'metrics' / 'metrics').unlink()
+  assert_same_bits(read('macro_bpb'), make_state(2).params)
+  assert 'checkpoints/3 is damaged (metrics/metrics is missing); left out' in capfd.readouterr().err
+  for absent in ('5', 'micro_bpb'):
+    with pytest.raises(
+      UserError, match=f'no checkpoint {absent!r} that can be read; .* 2, 3, 4, 6'
+    ):
+      read(absent)
+
+
+def test_what_step_means():
+  config = common.base_config()
+  assert checkpoints.resolve_step(config, '') == ''
+  assert checkpoints.resolve_step(config, '200') == '200'
+  with pytest.raises(UserError, match=r"--step=best: the run has config\.checkpoint\.best=''"):
+    checkpoints.resolve_step(config, 'best')
+  with pytest.raises(UserError, match="--step=last: must be a step such as 200, or 'best'"):
+    checkpoints.resolve_step(config, 'last')
+  config.checkpoint.best = 'worst_bpb'
+  assert checkpoints.resolve_step(config, 'best') == 'worst_bpb'
+
+
+@pytest.mark.parametrize('jump', [-1e6, 1e6])
+def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch, jump):
+  """Retention and resume go by steps."""
+  now = [time.time()]
+  monkeypatch.setattr(time, 'time', lambda: now[0])
+  monkeypatch.setattr(time, 'time_ns', lambda: int(now[0] * 1e9))
+  for step in range(1, 6):
+    directory = run_with(tmp_path, step, keep=2)
+    for file in directory.rglob('*'):
+      os.utime(file, (now[0], now[0]))
+    now[0] += jump
+  assert steps_of(directory) == [4, 5]
+  with Checkpoints(directory) as saved:
+    assert_same_bits(saved.restore(abstract(make_state()))[0], make_state(5))
 
 
 def test_a_saved_step_is_left_as_it_is(tmp_path):
@@ -223,18 +300,75 @@ def test_orbax_alone_does_not_notice_a_flipped_bit(tmp_path):
   assert np.asarray(back['w']).tobytes() != np.asarray(state['w']).tobytes()
 
 
-def test_an_unsealed_checkpoint_counts_if_it_can_be_read(tmp_path, capfd):
+def test_an_unsealed_checkpoint_counts_if_it_can_be_read(tmp_path, capfd, monkeypatch):
   """A process may be killed after the rename and before the seal."""
   directory = run_with(tmp_path, 1, 2)
   (directory / '2' / checkpoints.SEAL).unlink()
   with Checkpoints(directory) as saved:
     assert_same_bits(saved.restore(abstract(make_state()))[0], make_state(2))
-  remove_a_file(directory / '2')
+  load = checkpoints._load
+  broken = lambda path, *rest: 1 / 0 if path.name == '2' else load(path, *rest)
+  monkeypatch.setattr(checkpoints, '_load', broken)
   with Checkpoints(directory) as saved:
     assert saved.latest_step() == 2
     assert_same_bits(saved.restore(abstract(make_state()))[0], make_state(1))
     assert saved.latest_step() == 1
-  assert 'renamed to 2.damaged' in capfd.readouterr().err
+  message = (
+    'damaged (ZeroDivisionError while reading it): renamed to 2.damaged, using the one before'
+  )
+  assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize('name', ['state/_METADATA', '_CHECKPOINT_METADATA'])
+def test_an_unsealed_checkpoint_that_does_not_say_what_it_holds(tmp_path, capfd, name):
+  """Several processes cannot try to read it, so it must be seen before."""
+  directory = run_with(tmp_path, 1, 2)
+  (directory / '2' / checkpoints.SEAL).unlink()
+  (directory / '2' / name).unlink()
+  with Checkpoints(directory) as saved:
+    assert saved.latest_step() == 1
+  assert 'renamed to 2.damaged, using the one before\n' in capfd.readouterr().err
+
+
+def test_the_two_newest_are_damaged(tmp_path, capfd):
+  directory = run_with(tmp_path, 1, 2, 3, keep=3)
+  flip_a_bit(directory / '3')
+  largest_file(directory / '2').write_bytes(b'')
+  with Checkpoints(directory) as saved:
+    assert_same_bits(saved.restore(abstract(make_state()))[0], make_state(1))
+  assert capfd.readouterr().err.count('using the one before\n') == 2
+  assert sorted(os.listdir(directory)) == ['1', '2.damaged', '3.damaged']
+
+
+@pytest.mark.parametrize('content', [b'', b'{"macro'])
+def test_an_older_checkpoint_whose_metrics_are_damaged(tmp_path, capfd, content):
+  """Orbax reads the metrics of all checkpoints, and a broken file would stop the run."""
+  directory = run_with(tmp_path, 2, 3, 6, scores=SCORES, keep=9)
+  (directory / '3' / 'metrics' / 'metrics').write_bytes(content)
+  run_with(tmp_path, 7, scores=SCORES, keep=1, best='macro_bpb')
+  assert sorted(os.listdir(directory)) == ['2', '3.damaged', '7']
+  message = 'checkpoints/3 is damaged (metrics/metrics is changed): renamed to 3.damaged\n'
+  assert capfd.readouterr().err.endswith(message)
+
+
+def test_files_in_the_place_of_folders(tmp_path, capfd):
+  directory = run_with(tmp_path, 1)
+  (directory / '2').write_text('')
+  assert sorted(os.listdir(run_with(tmp_path, 2))) == ['1', '2', '2.damaged']
+  assert '2 is damaged (it is not a folder): renamed to 2.damaged\n' in capfd.readouterr().err
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match=r'cannot save a checkpoint in .*file: File exists; free'):
+    Checkpoints(tmp_path / 'file')
+
+
+def test_the_run_directory_vanishes(tmp_path):
+  with Checkpoints(tmp_path / 'run' / 'checkpoints') as saved:
+    saved.save(1, make_state(1), {}, {})
+    saved.wait()
+    shutil.rmtree(tmp_path / 'run')
+    with pytest.raises(UserError, match=r'run/checkpoints has vanished while the run was going on'):
+      saved.save(2, make_state(2), {}, {})
+  assert not (tmp_path / 'run').exists()
 
 
 def test_everything_damaged(tmp_path):
@@ -392,6 +526,36 @@ def test_disk_full(tmp_path):
   assert err == ''
   for folder in folders:
     assert checkpoints.damage(folder / '1') == ''
+
+
+READ_ONLY = """
+from experiments import files
+os.geteuid() or os.seteuid(65534)  # root may write anywhere
+for attempt in (lambda: Checkpoints(sys.argv[1]), files.exclusive(sys.argv[2]).__enter__):
+  try:
+    attempt()
+  except UserError as e:
+    print(e)
+"""
+
+
+def test_a_directory_that_cannot_be_written():
+  """In a folder of its own: pytest's are closed to other users."""
+  with tempfile.TemporaryDirectory() as name:
+    folder = Path(name)
+    directory = run_with(folder, 1)
+    truncate(directory / '1')
+    for path in (directory, folder):
+      path.chmod(0o555)
+    out, err = start(READ_ONLY, directory, folder).communicate(timeout=100)
+    folder.chmod(0o755)
+    directory.chmod(0o755)
+  assert out.splitlines() == [
+    f'cannot save a checkpoint in {directory}: Permission denied; free space or choose another '
+    '--workdir, then run the same command again: earlier checkpoints are intact',
+    f'cannot write into {folder}: Permission denied; choose a --workdir that you can write to',
+  ]
+  assert err == ''
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

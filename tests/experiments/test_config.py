@@ -45,6 +45,15 @@ def test_every_rule_is_about_an_existing_key_and_most_keys_have_one():
     (dict(scope='batch'), "config.scope='batch': must be one of global, online, microbatch"),
     (dict(target__domain='web', keep__rows=2), 'needs a backward pass of all rows'),
     (dict(target__domain='web', checkpoint__every=75), 'must be a multiple of config.target.every'),
+    (dict(checkpoint__keep_every=-1), 'config.checkpoint.keep_every=-1: must be at least 0'),
+    (
+      dict(checkpoint__best='bpb'),
+      "config.checkpoint.best='bpb': must be '' or one of macro_bpb, ",
+    ),
+    (
+      dict(checkpoint__best='macro_bpb', checkpoint__every=75),
+      'config.eval.every=100 must be a multiple of config.checkpoint.every=75',
+    ),
     (dict(data__tokenizer='bpe:12'), 'config.data.tokenizer='),
     (dict(data__tokenizer='no/tokenizer.json'), 'existing tokenizer.json'),
     (dict(data__mixture='web'), 'config.data.mixture='),
@@ -203,7 +212,12 @@ def test_diff():
 
 @pytest.mark.parametrize(
   'harmless',
-  [dict(log__every=3), dict(checkpoint__keep=9), dict(mesh__data=8), dict(data__root='/x')],
+  [
+    dict(log__every=3),
+    dict(checkpoint__best='macro_bpb', checkpoint__keep_every=7),
+    dict(mesh__data=8),
+    dict(data__root='/x'),
+  ],
 )
 def test_harmless_keys(tmp_path, harmless):
   config_lib.write(tmp_path, changed())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -16,11 +17,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from experiments import checkpoints, files, metrics, train
+from experiments import checkpoints, files, metrics, provenance, train, verify
 from experiments import config as config_lib
 from tests.experiments import small
 
 STEPS = 40
+HOST_TIMEOUT = 20  # seconds
 
 
 @pytest.fixture(scope='module')
@@ -37,7 +39,7 @@ def setup(tmp_path_factory):
   return small.write_corpus(base / 'corpus'), environment, base
 
 
-def start(setup, workdir: Path, *, processes: int = 1) -> list[subprocess.Popen]:
+def start(setup, workdir: Path, *flags: str, processes: int = 1) -> list[subprocess.Popen]:
   """Starts the program, as one process or as several on this machine."""
   corpus, environment, _ = setup
   switches = f'path={corpus},mixture=dga:rate=0.5:every=2:lag=3:floor=0.2:normalize=cosine,quick'
@@ -45,7 +47,7 @@ def start(setup, workdir: Path, *, processes: int = 1) -> list[subprocess.Popen]
     *(sys.executable, '-m', 'experiments.main', f'--config=configs/lm.py:{switches}'),
     *(f'--workdir={workdir}', f'--config.total_steps={STEPS}', '--config.checkpoint.every=5'),
     *('--config.eval.every=20', '--noconfig.log.tensorboard'),
-    '--config.log.ledger',
+    *('--config.log.ledger', *flags),
   ]
   if processes == 1:
     members = [[]]
@@ -67,7 +69,7 @@ def start(setup, workdir: Path, *, processes: int = 1) -> list[subprocess.Popen]
 
 def finish(running: list[subprocess.Popen]) -> None:
   for process in running:
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output.decode()[-3000:]
 
 
@@ -139,6 +141,10 @@ def test_killed_while_a_checkpoint_is_written(setup, uninterrupted):
   assert not (workdir / 'result.json').exists()
   finish(start(setup, workdir))
   assert_same(outcome(setup, workdir), uninterrupted)
+  killed, last = provenance.read(workdir)['sessions']
+  assert 'ended' not in killed
+  assert last['resumed_after'] > 0
+  assert last['ended']['status'] == 'done'
 
 
 def ask_to_stop(running: list[subprocess.Popen], told: int = 0) -> list[str]:
@@ -163,6 +169,10 @@ def test_asked_to_stop_it_saves_where_it_is(setup, uninterrupted):
   assert not (workdir / 'result.json').exists()
   finish(start(setup, workdir))
   assert_same(outcome(setup, workdir), uninterrupted)
+  ended = [session['ended'] for session in provenance.read(workdir)['sessions']]
+  assert [e['status'] for e in ended] == ['stopped', 'stopped', 'done']
+  assert [e.get('exit_status') for e in ended] == [75, 75, None]
+  assert not any(verify.verify(str(workdir)).values())
 
 
 @pytest.mark.slow
@@ -178,30 +188,93 @@ def test_killed_at_five_random_moments(setup, uninterrupted):
   assert_same(outcome(setup, workdir), uninterrupted)
 
 
+ids = lambda outcome: [example['example_id'] for example in outcome[1]]
+
+
+@pytest.fixture(scope='module')
+def two_hosts(setup):
+  workdir = setup[2] / 'two_hosts'
+  finish(start(setup, workdir, processes=2))
+  return outcome(setup, workdir)
+
+
 @pytest.mark.slow
-def test_two_processes_killed_and_resumed(setup, uninterrupted):
+def test_two_processes_killed_and_resumed(setup, two_hosts):
   """Two hosts with a device each, killed once, end bit-identically to two hosts never killed; the
   mixture moves with the gradients."""
-  undisturbed, disturbed = setup[2] / 'two_hosts', setup[2] / 'two_hosts_killed'
-  finish(start(setup, undisturbed, processes=2))
-  reference = outcome(setup, undisturbed)
-  running = start(setup, disturbed, processes=2)
-  assert wait_until(lambda: steps_done(disturbed) >= 17, running)
+  workdir = setup[2] / 'two_hosts_killed'
+  running = start(setup, workdir, processes=2)
+  assert wait_until(lambda: steps_done(workdir) >= 17, running)
   kill(running)
-  finish(start(setup, disturbed, processes=2))
-  assert_same(outcome(setup, disturbed), reference)
-  # Told to stop, one tells the other, and both save the same step.
-  stopped = setup[2] / 'two_hosts_stopped'
-  running = start(setup, stopped, processes=2)
-  assert wait_until(lambda: steps_done(stopped) >= 7, running)
+  finish(start(setup, workdir, processes=2))
+  assert_same(outcome(setup, workdir), two_hosts)
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_told_to_stop(setup, two_hosts):
+  """It tells the other, and both save the same step."""
+  workdir = setup[2] / 'two_hosts_stopped'
+  running = start(setup, workdir, processes=2)
+  assert wait_until(lambda: steps_done(workdir) >= 7, running)
   outputs = ask_to_stop(running, told=1)
-  last = max(checkpoints.committed_steps(stopped / 'checkpoints'))
+  last = max(checkpoints.committed_steps(workdir / 'checkpoints'))
   assert all(f'saved after step {last};' in output for output in outputs)
-  finish(start(setup, stopped, processes=2))
-  assert_same(outcome(setup, stopped), reference)
-  # And one host and four hosts read the same examples as two.
-  ids = lambda examples: [e['example_id'] for e in examples]
-  assert ids(reference[1]) == ids(uninterrupted[1])
+  finish(start(setup, workdir, processes=2))
+  assert_same(outcome(setup, workdir), two_hosts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('killed', [0, 1])
+def test_one_of_two_processes_is_killed(setup, two_hosts, killed):
+  """The other ends in time, says why, and the same command goes on bit for bit."""
+  workdir = setup[2] / f'two_hosts_without_{killed}'
+  running = start(setup, workdir, f'--host_timeout={HOST_TIMEOUT}', processes=2)
+  assert wait_until(lambda: steps_done(workdir) >= 17, running)
+  running[killed].send_signal(signal.SIGKILL)
+  started = time.monotonic()
+  output = running[1 - killed].communicate(timeout=120)[0].decode()
+  assert time.monotonic() - started < HOST_TIMEOUT + 30
+  assert running[1 - killed].returncode == 69, output[-3000:]
+  assert output.splitlines()[-1].startswith('lost: another process of this run died')
+  running[killed].communicate()
+  finish(start(setup, workdir, processes=2))
+  assert_same(outcome(setup, workdir), two_hosts)
+
+
+@pytest.mark.slow
+def test_other_numbers_of_processes_read_the_same_examples(setup, uninterrupted, two_hosts):
+  """Also from the middle of a run: what two have begun, one ends."""
+  assert ids(two_hosts) == ids(uninterrupted)
+  workdir = setup[2] / 'two_hosts_then_one'
+  running = start(setup, workdir, processes=2)
+  assert wait_until(lambda: steps_done(workdir) >= 17, running)
+  kill(running)
+  finish(start(setup, workdir))
+  assert ids(outcome(setup, workdir)) == ids(uninterrupted)
   finish(start(setup, setup[2] / 'four_hosts', processes=4))
-  four = metrics.read_jsonl(setup[2] / 'four_hosts' / 'examples.jsonl')
-  assert ids(four) == ids(uninterrupted[1])
+  assert ids(outcome(setup, setup[2] / 'four_hosts')) == ids(uninterrupted)
+
+
+@pytest.mark.slow
+def test_only_the_first_process_writes(setup, tmp_path):
+  """But for its part of the arrays, which Orbax writes from C++."""
+  spy = tmp_path / 'sitecustomize.py'
+  spy.write_text(
+    'import os, sys\n'
+    'def spy(event, arguments):\n'
+    "  if event == 'open' and arguments[1] and set('wax+') & set(arguments[1]):\n"
+    "    os.write(2, f'\\nwrites {arguments[0]}\\n'.encode())\n"
+    'sys.addaudithook(spy)\n'
+  )
+  corpus, environment, base = setup
+  environment = {**environment, 'PYTHONPATH': f'{tmp_path}{os.pathsep}{Path.cwd()}'}
+  workdir = base / 'two_hosts_watched'
+  running = start((corpus, environment, base), workdir, processes=2)
+  outputs = [process.communicate(timeout=900)[0].decode() for process in running]
+  assert [process.returncode for process in running] == [0, 0]
+  written = [
+    {path for path in re.findall(r'^writes (.*)$', output, re.MULTILINE) if str(workdir) in path}
+    for output in outputs
+  ]
+  assert f'{workdir}/metrics.jsonl' in written[0]
+  assert {path for path in written[1] if not path.startswith(f'{workdir}/checkpoints/')} == set()

@@ -215,12 +215,3 @@ def test_check_batch_takes_a_mesh():
   mesh_lib.check_batch(16, 1, mesh_lib.make_mesh(2, 4))
   with pytest.raises(UserError, match='use 16 or 24'):
     mesh_lib.check_batch(20, 1, mesh_lib.make_mesh(2, 4))
-
-
-def test_distributed_arguments_are_checked_before_connecting():
-  mesh_lib.initialize_distributed()
-  mesh_lib.initialize_distributed('', 1, 0)
-  with pytest.raises(UserError, match='num_processes=2 without a coordinator'):
-    mesh_lib.initialize_distributed('', 2, 0)
-  with pytest.raises(UserError, match='process_id=2 does not fit num_processes=2'):
-    mesh_lib.initialize_distributed('localhost:1234', 2, 2)

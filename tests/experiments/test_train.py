@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 from configs import common
-from experiments import checkpoints, dry_run, files, metrics, train
+from experiments import checkpoints, dry_run, evaluate, files, metrics, provenance, step_log, train
 from experiments.errors import NonFiniteError, UserError
 from tests.experiments import small
 
@@ -39,8 +41,11 @@ def run(config, workdir, devices=1):
 
 def lines(workdir, name='metrics.jsonl'):
   """The record of a run without its wall-clock fields."""
-  records = metrics.read_jsonl(workdir / name)
-  return [{k: v for k, v in record.items() if k != 'wall'} for record in records]
+  return [{k: v for k, v in r.items() if k != 'wall'} for r in records(workdir, name)]
+
+
+def records(workdir, name='metrics.jsonl'):
+  return metrics.read_jsonl(workdir / name)
 
 
 def parameters(config, workdir):
@@ -84,9 +89,9 @@ def test_loss_falls_and_the_easy_domain_is_pushed_down(corpus, root, tmp_path):
   config = small.config(corpus, root, steps=60)
   config.eval.every = config.checkpoint.every = 60
   run(config, tmp_path)
-  records = [r for r in lines(tmp_path) if r['kind'] == 'train']
-  assert records[-1]['loss'] < records[0]['loss'] - 1
-  late = [r['domain'] for r in records[-20:] if len(r['domain']) == 2]
+  steps = [r for r in lines(tmp_path) if r['kind'] == 'train']
+  assert steps[-1]['loss'] < steps[0]['loss'] - 1
+  late = [r['domain'] for r in steps[-20:] if len(r['domain']) == 2]
   weight = {d: np.mean([r[d]['weight'] for r in late]) for d in ('easy', 'hard')}
   assert weight['easy'] < 0.9 < 1.1 < weight['hard']
 
@@ -110,6 +115,66 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_
   jax.tree.map(
     np.testing.assert_array_equal, parameters(config, tmp_path), parameters(config, workdir)
   )
+
+
+@pytest.mark.parametrize('jump', [-1e6, 1e6])
+def test_a_clock_that_jumps_changes_nothing(finished, tmp_path, monkeypatch, jump):
+  config, workdir, _ = finished
+  config = config.copy_and_resolve_references()
+  config.log.progress = True
+  real, now, step = time.time, [0.0], step_log.StepLog.step
+  monkeypatch.setattr(time, 'time', lambda: real() + now[0])
+
+  def jump_and_log(*args):
+    now[0] += jump
+    step(*args)
+
+  monkeypatch.setattr(step_log.StepLog, 'step', jump_and_log)
+  with small.interrupted_after(4, monkeypatch):
+    run(config, tmp_path)
+  result = run(config, tmp_path)
+  assert lines(tmp_path) == lines(workdir)
+  assert lines(tmp_path, 'examples.jsonl') == lines(workdir, 'examples.jsonl')
+  assert 0 < result['seconds'] < 300
+  assert all(0 <= r['wall']['seconds'] < 300 for r in records(tmp_path) if r['kind'] == 'train')
+  assert checkpoints.committed_steps(tmp_path / 'checkpoints') == [4, 6]
+
+
+def test_the_best_checkpoint_survives_and_can_be_evaluated(finished, tmp_path, monkeypatch):
+  """Training that gets worse keeps its best state, also across a kill."""
+  config, _, _ = finished
+  config = config.copy_and_resolve_references()
+  config.optim.update(lr=1.0, clip=0.0, warmup_steps=8, schedule='constant')
+  config.total_steps = 10
+  config.checkpoint.update(keep=1, best='macro_bpb')
+  run(config, tmp_path / 'whole')
+  with small.interrupted_after(8, monkeypatch):
+    run(config, tmp_path / 'killed')
+  run(config, tmp_path / 'killed')
+  scores = {r['step']: r['macro_bpb'] for r in lines(tmp_path / 'whole') if r['kind'] == 'eval'}
+  best = min(scores, key=scores.get)
+  assert best < 10
+  for name in ('whole', 'killed'):
+    workdir = tmp_path / name
+    assert checkpoints.committed_steps(workdir / 'checkpoints') == [best, 10]
+    for step, score in (('best', scores[best]), ('10', scores[10]), ('', scores[10])):
+      found, _ = evaluate.evaluate(str(workdir), split='validation', max_blocks=2, step=step)
+      assert found['macro_bpb'] == score
+
+
+def test_a_run_directory_that_vanishes_stays_away(config, tmp_path, monkeypatch):
+  """Nothing writes half a run into a new one of its name."""
+  save = checkpoints.Checkpoints.save
+
+  def save_in_vain(self, *arguments):
+    self.wait()
+    shutil.rmtree(tmp_path / 'run')
+    save(self, *arguments)
+
+  monkeypatch.setattr(checkpoints.Checkpoints, 'save', save_in_vain)
+  with pytest.raises(UserError, match='has vanished while the run was going on'):
+    run(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
 
 
 def test_killed_between_the_last_checkpoint_and_the_result(finished, tmp_path, monkeypatch):
@@ -160,8 +225,8 @@ def test_weights_of_the_dataset_reach_the_loss(config, tmp_path):
   folder = small.write_corpus(tmp_path / 'corpus')
   for path in folder.glob('*.train.jsonl'):
     weight = {'easy': 0.25, 'hard': 2.0}[path.name.partition('.')[0]]
-    records = [json.loads(line) | {'weight': weight} for line in path.read_text().splitlines()]
-    path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+    weighted = [json.loads(line) | {'weight': weight} for line in path.read_text().splitlines()]
+    path.write_text(''.join(json.dumps(record) + '\n' for record in weighted))
   config.data.path = str(folder)
   common.set_weighting(config, 'uniform')
   run(config, tmp_path / 'run')
@@ -200,6 +265,9 @@ def test_nonfinite_abort_names_the_examples_and_keeps_good_checkpoints(exploding
   for step in checkpoints.committed_steps(tmp_path / 'checkpoints'):
     assert step < report['step']
   assert not (tmp_path / 'result.json').exists()
+  ended = provenance.read(tmp_path)['sessions'][0]['ended']
+  assert (ended['status'], ended['error'], ended['exit_status']) == ('aborted', 'NonFiniteError', 3)
+  assert 'Lower config.optim.lr' in ended['message']
 
 
 def test_nonfinite_skip_goes_on(exploding, tmp_path, monkeypatch):
