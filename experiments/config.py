@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 from experiments import files
-from experiments.config_rules import RULES, are_names
+from experiments.config_rules import RULES, are_names, is_text
 from experiments.errors import UserError
 
 # Keys that change what is logged, kept or where, never a parameter or a score. A run may be resumed
@@ -66,7 +66,7 @@ def arms(spec: str) -> dict[str, str]:
 def _call(spec: str, name: str, default: Callable[[str], Any] | None = None) -> Any:
   """What a function of the config file returns for the argument behind the colon."""
   path, _, arg = spec.partition(':')
-  if not Path(path).is_file():
+  if not os.path.isfile(path):
     known = ', '.join(map(str, config_files()))
     raise UserError(f'--config={path}: no such file' + (f'; there is {known}' if known else ''))
   try:
@@ -148,6 +148,12 @@ def check(config: ConfigDict) -> None:
   """
   check_schema(config)
   flat = flatten(config)
+  for key, value in flat.items():
+    strings = [v for v in (value if isinstance(value, tuple) else [value]) if isinstance(v, str)]
+    if not all(map(is_text, strings)):
+      raise UserError(
+        f'config.{key}={value!r}: must be UTF-8 text without NUL; choose another name'
+      )
   for key, rule in RULES.items():
     if not rule.holds(flat[key]):
       raise UserError(f'config.{key}={flat[key]!r}: must be {rule.text}')
@@ -167,11 +173,21 @@ def check_schema(config: ConfigDict) -> None:
   for key in found:
     if key not in known:
       raise UserError(unknown_key(key, known))
-  for key, default in known.items():
+  _check_types(config)
+
+
+def _check_types(config: Mapping) -> None:
+  found = flatten(config)
+  for key, default in flatten(common.base_config()).items():
+    if _is_open(key):
+      continue
     if key not in found:
       raise UserError(f'config.{key} is missing; start from configs.common.base_config()')
     if type(found[key]) is not type(default):
       raise UserError(wrong_type(key, found[key], default))
+  for key, group in (('w', config['w']), ('mixture.args', config['mixture']['args'])):
+    if not isinstance(group, ConfigDict):
+      raise UserError(f'config.{key}={group!r}: must be a ConfigDict')
 
 
 def _is_open(key: str) -> bool:
@@ -194,7 +210,7 @@ def _check_weighting(config: ConfigDict) -> None:
   if not order or not are_names(order):
     raise UserError(f"config.weighting={order!r}: must be distinct stage names, such as ('loss',)")
   for name in order:
-    if 'fn' not in specs.get(name, {}):
+    if not isinstance(specs.get(name), ConfigDict) or 'fn' not in specs[name]:
       raise UserError(
         f'config.weighting names {name!r}, so config.w.{name}.fn must name a weighting'
       )
@@ -222,7 +238,7 @@ def _check_mixture(config: ConfigDict) -> None:
 
 def _check_together(config: ConfigDict) -> None:
   data, model, optim = config.data, config.model, config.optim
-  if data.source == 'folder' and not (data.path and Path(data.path).is_dir()):
+  if data.source == 'folder' and not os.path.isdir(data.path):
     raise UserError(
       f"config.data.path={data.path!r}: data.source='folder' needs an existing folder"
     )
@@ -295,10 +311,18 @@ def read(workdir: str | os.PathLike) -> ConfigDict:
     UserError: not a run directory, or an unreadable `config.json`.
   """
   path = Path(workdir) / 'config.json'
-  if not path.is_file():
+  if not os.path.isfile(path):
     raise UserError(f'{workdir} is not a run directory: it has no config.json')
   defaults = common.base_config().to_dict() | {'w': {}}  # the run's own, whatever they are
-  return ConfigDict(_filled(defaults, _with_tuples(files.read_json(path))))
+  stored = _with_tuples(files.read_json(path))
+  if not isinstance(stored, dict):
+    raise UserError(f'{path} is not the config of a run; restore it from a copy')
+  config = ConfigDict(_filled(defaults, stored))
+  try:
+    _check_types(config)
+  except UserError as e:
+    raise UserError(f'{path} is damaged ({e}); restore it from a copy') from e
+  return config
 
 
 def _filled(defaults: Mapping, stored: Mapping) -> dict:
@@ -319,9 +343,11 @@ def check_same_run(workdir: str | os.PathLike, config: Mapping) -> None:
   Differences in HARMLESS keys are fine.
 
   Raises:
-    UserError: says what differs, there and here.
+    UserError: says what differs, there and here; or no directory can have this name.
   """
-  if not (Path(workdir) / 'config.json').is_file():
+  if long := [part for part in Path(workdir).parts if len(os.fsencode(part)) > 255]:
+    raise UserError(f'--workdir: {long[0][:40]}... is longer than 255 bytes; choose a shorter name')
+  if not os.path.isfile(Path(workdir) / 'config.json'):
     return
   changes = {k: v for k, v in diff(read(workdir), config).items() if not is_harmless(k)}
   if not changes:

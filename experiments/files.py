@@ -71,7 +71,7 @@ def read_json(path: str | os.PathLike) -> Any:
     return json.loads(Path(path).read_text(encoding='utf-8'))
   except OSError as e:
     raise UserError(f'cannot read {path}: {e.strerror}') from e
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise UserError(f'{path} is not valid JSON ({e}); delete it or restore it from a copy') from e
 
 
@@ -96,10 +96,16 @@ def exclusive(folder: str | os.PathLike) -> Iterator[None]:
   """Holds `folder` for this process; the system lets go when the process ends, however it ends.
 
   Raises:
-    UserError: another process holds it.
+    UserError: another process holds it, or it cannot be written.
   """
-  Path(folder).mkdir(parents=True, exist_ok=True)
-  with Path(folder, '.lock').open('w') as file:
+  with contextlib.ExitStack() as stack:
+    try:
+      Path(folder).mkdir(parents=True, exist_ok=True)
+      file = stack.enter_context(Path(folder, '.lock').open('w'))
+    except OSError as e:
+      raise UserError(
+        f'{folder} cannot be a run directory ({e.strerror}); choose another --workdir'
+      ) from e
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
