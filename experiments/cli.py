@@ -157,6 +157,10 @@ def _flag_message(error: flags.Error) -> str:
   if match := re.match(r'flag --config\.([^=]*)=(.*?): ', text):
     defaults = config_lib.flatten(config_lib.load(_config_spec(sys.argv)))
     return '--' + config_lib.wrong_type(match[1], match[2], defaults[match[1]])
+  if match := re.match(r'Missing value for flag (\S*)', text):
+    return f'{match[1]} has no value: write {match[1]}=<value>'
+  if match := re.match(r'flag (--\w+=.*): (?:could not convert|invalid literal)', text):
+    return f'{match[1]}: must be a number'
   if match := re.match(r'Found (\S*) in argv before a value for --config', text):
     return f'{match[1]} stands before --config=...: write it behind'
   return text.removeprefix('flag ')

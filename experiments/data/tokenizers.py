@@ -162,8 +162,7 @@ def load_saved(directory: str | os.PathLike, name: str) -> Tokenizer:
     return _from_definition(Path(directory, FILE).read_text(encoding='utf-8'), name)
   except (UserError, OSError, UnicodeDecodeError) as error:
     raise UserError(
-      f'{Path(directory, FILE)} is damaged ({_first_line(error)}); delete that folder and the data '
-      'are prepared again'
+      f'{Path(directory, FILE)} is damaged; delete that folder and the data are prepared again'
     ) from error
 
 

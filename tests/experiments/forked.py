@@ -32,13 +32,13 @@ class Done(NamedTuple):
   stderr: str
 
 
-def run(module: str, *args: str, folder: Path) -> Done:
-  """Runs `python -m module *args` in `folder`, with eight CPU devices."""
+def run(module: str, *args: str, folder: Path, devices: int = 8) -> Done:
+  """Runs `python -m module *args` in `folder`, on so many CPU devices."""
   context = multiprocessing.get_context('forkserver')
   context.set_forkserver_preload(list(_SHARED))
   with tempfile.TemporaryDirectory() as outputs:
     streams = [str(Path(outputs, name)) for name in ('out', 'err')]
-    process = context.Process(target=_program, args=(module, args, str(folder), streams))
+    process = context.Process(target=_program, args=(module, args, str(folder), devices, streams))
     process.start()
     process.join(_TIMEOUT)
     if process.is_alive():
@@ -47,10 +47,12 @@ def run(module: str, *args: str, folder: Path) -> Done:
     return Done(process.exitcode, *(Path(stream).read_text(errors='replace') for stream in streams))
 
 
-def _program(module: str, args: Sequence[str], folder: str, streams: Sequence[str]) -> None:
+def _program(
+  module: str, args: Sequence[str], folder: str, devices: int, streams: Sequence[str]
+) -> None:
   for fd, stream in enumerate(streams, start=1):
     os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), fd)
   os.chdir(folder)
-  jax.config.update('jax_num_cpu_devices', 8)
+  jax.config.update('jax_num_cpu_devices', devices)
   sys.argv = [module, *args]
   runpy.run_module(module, run_name='__main__', alter_sys=True)
