@@ -25,6 +25,7 @@ def define_config() -> flags.FlagHolder[ConfigDict]:
   return config_flags.DEFINE_config_file(
     'config',
     help_string='file.py[:arg]; change any value with --config.<key>=<value>',
+    flag_values=FLAGS,
     sys_argv=[arg for arg in sys.argv if not _is_flagfile(arg)],  # which are refused, in `_parse`
   )
 
