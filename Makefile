@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test slow lint types doctest format clean
+.PHONY: quickstart test slow libtpu lint types doctest format clean
 
 quickstart: $(VENV)/.experiments  ## train uniform and LinUpper on embedded text, compare, write a report
 	$(BIN)/python -m experiments.compare --config=configs/quickstart.py \
@@ -25,12 +25,16 @@ types: $(VENV)/.dev
 doctest: $(VENV)/.dev
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q --doctest-modules jaxrw
 
+libtpu: $(VENV)/.experiments  ## the TPU compiler, for --compile_for, in a folder of its own
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target .libtpu \
+	  "$$($(BIN)/python -m experiments.hardware)"
+
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .libtpu build dist *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "Python 3.11 to 3.13 is needed: make PYTHON=python3.11")'

@@ -55,15 +55,21 @@ def base_config() -> ConfigDict:
   )
   config.model = ConfigDict(
     dict(
-      name='gpt2',
+      name='gpt2',  # or 'llama'
       n_layer=2,
       n_head=4,
       n_embd=96,
+      d_ff=0,  # hidden width of the blocks; 0: 4 n_embd, llama: 8/3 of it
+      n_kv_head=0,  # llama: heads of keys and values; 0: n_head
+      rope_theta=10_000.0,
+      norm_eps=1e-5,
       max_len=0,  # 0: data.seq_len
       vocab_size=0,  # 0: the tokenizer's
       dtype='float32',
       scan=True,
-      remat=False,
+      # 'none', or compute again in the backward pass what is not a product with parameters ('dots')
+      # or whole blocks ('full')
+      remat='none',
       attention='auto',
       loss_chunk=0,  # positions whose logits exist at a time; 0: all. Less memory, +1/3 on the head
       dropout=0.0,
@@ -113,7 +119,8 @@ def base_config() -> ConfigDict:
   # signals representation and anchor, from which `adapt` makes weights.
   config.target = ConfigDict(dict(domain='', read='gradient', every=50, blocks=32))
   config.w = ConfigDict(dict(loss=dict(fn='linupper', temperature=PAPER_TEMPERATURE, start=50)))
-  config.mesh = ConfigDict(dict(data=-1, fsdp=1))  # -1: all remaining devices
+  # Copies of the model, shards of one, and shards of matrices; -1: all remaining devices.
+  config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
   # max_blocks counts per domain; 0 means all.
   config.eval = ConfigDict(dict(every=100, batch_size=32, max_blocks=64, split='validation'))
   config.checkpoint = ConfigDict(dict(every=100, keep=2, init_from=''))

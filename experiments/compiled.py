@@ -13,6 +13,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from experiments import hlo
+from experiments.hlo import Computation, Instruction, ints, operand_shapes, shape_bytes
+
 
 class Collective(NamedTuple):
   """One communication instruction.
@@ -22,12 +27,16 @@ class Collective(NamedTuple):
     bytes: size of the whole array on one device: what goes in, or for a gather what comes out.
     count: how often one call of the program runs it.
     name: where it comes from, e.g. 'jit(step)/reduce_max'; '' when the compiler does not say.
+    group: the devices of its first group, by their place in the mesh; () if it joins all.
+    chain: the same for the pieces that a TPU cuts one collective into; '' for a whole one.
   """
 
   kind: str
   bytes: int
   count: int
   name: str = ''
+  group: tuple[int, ...] = ()
+  chain: str = ''
 
 
 class UncountableError(ValueError):
@@ -42,6 +51,14 @@ class Costs(NamedTuple):
   argument_bytes: int
   output_bytes: int
   temp_bytes: int
+  alias_bytes: int = 0  # of the outputs, written over arguments that were donated
+  code_bytes: int = 0
+
+  @property
+  def peak_bytes(self) -> int:
+    """What a device holds at once while the program runs."""
+    new_outputs = self.output_bytes - self.alias_bytes
+    return self.argument_bytes + new_outputs + self.temp_bytes + self.code_bytes
 
 
 def costs(compiled: Any) -> Costs:
@@ -55,7 +72,8 @@ def costs(compiled: Any) -> Costs:
   flops, collectives = count_hlo(compiled.as_text())
   memory = compiled.memory_analysis()
   size = lambda kind: int(getattr(memory, f'{kind}_size_in_bytes', 0))
-  return Costs(flops, collectives, size('argument'), size('output'), size('temp'))
+  kinds = ('argument', 'output', 'temp', 'alias', 'generated_code')
+  return Costs(flops, collectives, *map(size, kinds))
 
 
 def extra_collectives(base: Costs, other: Costs) -> tuple[Collective, ...]:
@@ -72,24 +90,8 @@ def extra_collectives(base: Costs, other: Costs) -> tuple[Collective, ...]:
   return tuple(extra)
 
 
-def format_costs(value: Costs) -> str:
-  """A few aligned lines for people."""
-  arguments, outputs, temporary = (_si(size, 'B') for size in value[2:])
-  lines = [
-    f'matmul     {_si(value.matmul_flops, "FLOP")} per device',
-    f'memory     {arguments} arguments, {outputs} outputs, {temporary} temporary',
-  ]
-  totals: dict[str, list[int]] = {}
-  for c in value.collectives:
-    total = totals.setdefault(c.kind, [0, 0])
-    total[0] += c.count
-    total[1] += c.count * c.bytes
-  for kind, (count, size) in sorted(totals.items()):
-    lines.append(f'{kind:<10} {count} x, {_si(size, "B")} in all')
-  return '\n'.join(lines if totals else [*lines, 'collectives none'])
-
-
-def _si(value: float, unit: str) -> str:
+def si(value: float, unit: str) -> str:
+  """'7.93 GFLOP'; steps of 1000."""
   power = min(5, int(math.log10(value) // 3)) if value >= 1 else 0
   digits = 0 if power == 0 else 2
   return f'{value / 1000**power:.{digits}f} {"_kMGTP"[power].strip("_")}{unit}'
@@ -100,7 +102,7 @@ def _si(value: float, unit: str) -> str:
 
 def count_hlo(text: str) -> tuple[int, tuple[Collective, ...]]:
   """Counts one HLO module: (matmul FLOPs, collectives), loop bodies times their trip counts."""
-  computations, entry = _parse(text)
+  computations, entry = hlo.parse(text)
   counted: dict[str, tuple[int, tuple[Collective, ...]]] = {}
 
   def count(name: str) -> tuple[int, tuple[Collective, ...]]:
@@ -110,16 +112,22 @@ def count_hlo(text: str) -> tuple[int, tuple[Collective, ...]]:
       for instruction in computation.values():
         flops += _matmul_flops(instruction, computation)
         collectives += _collective(instruction, computation)
-        for more_flops, more_collectives in _called(instruction):
+        for more_flops, more_collectives in _called(instruction, computation):
           flops += more_flops
           collectives += more_collectives
-      counted[name] = flops, tuple(collectives)
+      if 'all-reduce-scatter' in name:  # a TPU's fusion of a reduction and the slice that is kept
+        collectives = [
+          c._replace(kind=c.kind.replace('all-reduce', 'reduce-scatter')) for c in collectives
+        ]
+      counted[name] = flops, tuple(_joined(collectives))
     return counted[name]
 
-  def _called(instruction: _Instruction) -> Iterator[tuple[int, Iterable[Collective]]]:
+  def _called(
+    instruction: Instruction, scope: Computation
+  ) -> Iterator[tuple[int, Iterable[Collective]]]:
     callees = [count(name) for name in instruction.callees]
     if instruction.opcode == 'while':
-      trips = instruction.trip_count
+      trips = hlo.trip_count(instruction, scope, computations)
       if trips is None and any(flops or collectives for flops, collectives in callees):
         raise UncountableError(
           f'cannot count {instruction.name}: a loop with matmuls or collectives in its body, '
@@ -137,6 +145,15 @@ def count_hlo(text: str) -> tuple[int, tuple[Collective, ...]]:
   return count(entry)
 
 
+def _joined(collectives: list[Collective]) -> Iterator[Collective]:
+  """A TPU spreads a collective over the fusions that hide it: pieces of a chain are one."""
+  chains = set()
+  for collective in collectives:
+    if not collective.chain or collective.chain not in chains:
+      yield collective
+    chains.add(collective.chain)
+
+
 _COLLECTIVES = (
   'all-gather',
   'all-reduce',
@@ -148,23 +165,28 @@ _COLLECTIVES = (
 )
 
 
-def _collective(instruction: _Instruction, scope: dict[str, _Instruction]) -> list[Collective]:
+def _collective(instruction: Instruction, scope: Computation) -> list[Collective]:
   kind = instruction.opcode.removesuffix('-start')
   if kind not in _COLLECTIVES:
     return []
-  size = sum(_bytes(shape) for shape in _operand_shapes(instruction, scope))
+  size = sum(shape_bytes(shape) for shape in operand_shapes(instruction, scope))
   if kind == 'all-gather':
-    result = sum(_bytes(shape) for shape in instruction.shapes)
+    result = sum(shape_bytes(shape) for shape in instruction.shapes)
     # The asynchronous form returns its operands along with its results.
     size = result - size if instruction.opcode.endswith('-start') else result
-  return [Collective(kind, size, 1, instruction.op_name)]
+  chain = re.search(r'chain_id="(\d+)"', instruction.text)
+  return [
+    Collective(
+      kind, size, 1, instruction.op_name, hlo.first_group(instruction), chain[1] if chain else ''
+    )
+  ]
 
 
-def _matmul_flops(instruction: _Instruction, scope: dict[str, _Instruction]) -> int:
+def _matmul_flops(instruction: Instruction, scope: Computation) -> int:
   """2 x (size of the result) x (length of the contracted axes); 0 if it is not a matmul."""
   if instruction.opcode == 'dot':
-    lhs = _operand_shapes(instruction, scope)[0].dims
-    axes = _ints(re.search(r'lhs_contracting_dims=\{([^}]*)\}', instruction.text))
+    lhs = operand_shapes(instruction, scope)[0].dims
+    axes = ints(re.search(r'lhs_contracting_dims=\{([^}]*)\}', instruction.text))
     return 2 * instruction.shapes[0].size * math.prod(lhs[axis] for axis in axes)
   if instruction.opcode == 'convolution':
     return _convolution_flops(instruction, scope)
@@ -173,13 +195,31 @@ def _matmul_flops(instruction: _Instruction, scope: dict[str, _Instruction]) -> 
   return 0
 
 
-def _convolution_flops(instruction: _Instruction, scope: dict[str, _Instruction]) -> int:
+def _convolution_flops(instruction: Instruction, scope: Computation) -> int:
+  """2 x outputs x inputs of a feature x the pairs of positions that meet, padding and holes apart.
+
+  TPU compilers write every matmul so; a batch axis becomes a window that meets one position each.
+  """
+  labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', instruction.text)
+  inputs, kernel, output = labels.groups()
+  lhs, rhs = (shape.dims for shape in operand_shapes(instruction, scope)[:2])
+  out = instruction.shapes[0].dims
   window = re.search(r'window=\{([^}]*)\}', instruction.text)
-  if window and re.search(r'pad|dilate', window[1]):
-    raise ValueError(f'cannot count {instruction.name}: a padded or dilated convolution')
-  labels = re.search(r'dim_labels=\w+_(\w+)->', instruction.text)
-  kernel = _operand_shapes(instruction, scope)[1]
-  return 2 * instruction.shapes[0].size * kernel.size // kernel.dims[labels[1].index('o')]
+  window = dict(item.split('=') for item in window[1].split()) if window else {}
+  numbers = lambda name, default: window[name].split('x') if name in window else [default] * count
+  count = sum(label.isdigit() for label in kernel)
+  pairs = 1
+  for axis in range(count):
+    low = int(numbers('pad', '0_0')[axis].split('_')[0])
+    stride, holes, spread = (
+      int(numbers(name, 1)[axis]) for name in ('stride', 'lhs_dilate', 'rhs_dilate')
+    )
+    starts = np.arange(out[output.index(str(axis))])[:, None] * stride - low
+    places = starts + np.arange(rhs[kernel.index(str(axis))]) * spread
+    last = (lhs[inputs.index(str(axis))] - 1) * holes
+    pairs *= int(np.sum((places >= 0) & (places <= last) & (places % holes == 0)))
+  features = out[output.index('b')] * out[output.index('f')] * rhs[kernel.index('i')]
+  return 2 * features * pairs // int(instruction.attribute('batch_group_count') or 1)
 
 
 # Library calls that never multiply matrices have names without any of these words.
@@ -188,133 +228,28 @@ _SUSPECT = re.compile(
 )
 
 
-def _library_flops(instruction: _Instruction, scope: dict[str, _Instruction]) -> int:
+def _library_flops(instruction: Instruction, scope: Computation) -> int:
   """Matmuls that the compiler handed to cuBLAS, cuDNN or oneDNN."""
   target = re.search(r'custom_call_target="([^"]*)"', instruction.text)[1]
   if target.startswith(('__cublas$gemm', '__cublas$lt$matmul')):
-    lhs = _operand_shapes(instruction, scope)[0].dims
-    axes = _ints(re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.text))
+    lhs = operand_shapes(instruction, scope)[0].dims
+    axes = ints(re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.text))
     return 2 * instruction.shapes[0].size * math.prod(lhs[axis] for axis in axes)
   if target == '__onednn$matmul':
     # [.., m, k] @ [.., k, n], either side possibly transposed: k = size of lhs / (.. m).
     out = instruction.shapes[0]
-    return 2 * out.dims[-1] * _operand_shapes(instruction, scope)[0].size
+    return 2 * out.dims[-1] * operand_shapes(instruction, scope)[0].size
   if target.startswith('__cudnn$fmha'):
     # Attention without storing the [B, N, T, S] scores, all counted, masked or not. Forward: two
     # matmuls; backward: the scores once more, then four.
     scores = re.search(
       r'"intermediate_tensor_shape":\{.*?"dimensions":\[([^\]]*)\]', instruction.text
     )
-    head = _operand_shapes(instruction, scope)[0].dims[-1]
-    return 2 * math.prod(_ints(scores)) * head * (5 if 'Backward' in target else 2)
+    head = operand_shapes(instruction, scope)[0].dims[-1]
+    return 2 * math.prod(ints(scores)) * head * (5 if 'Backward' in target else 2)
   if _SUSPECT.search(target):
     raise ValueError(
       f"cannot count {instruction.name}: a call of '{target}', which may hold matmuls; "
       'teach experiments/compiled.py its formula'
     )
   return 0
-
-
-# Parsing ----------------------------------------------------------------------------------------
-
-
-class _Shape(NamedTuple):
-  dtype: str
-  dims: tuple[int, ...]
-
-  @property
-  def size(self) -> int:
-    return math.prod(self.dims)
-
-
-class _Instruction(NamedTuple):
-  name: str
-  opcode: str
-  shapes: tuple[_Shape, ...]  # of the result, tuples flattened
-  operands: str  # what is between the parentheses
-  text: str  # what follows them
-
-  @property
-  def callees(self) -> list[str]:
-    """The computations it runs; the scalar ones of reductions and the like never hold a matmul."""
-    if self.opcode not in ('while', 'conditional', 'fusion', 'call', 'custom-call', 'async-start'):
-      return []
-    found = re.findall(
-      r'\b(?:calls|to_apply|body|condition|true_computation|false_computation'
-      r'|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.-]+)',
-      self.text,
-    )
-    return [name for group in found for name in re.findall(r'[\w.-]+', group)]
-
-  @property
-  def trip_count(self) -> int | None:
-    match = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', self.text)
-    return int(match[1]) if match else None
-
-  @property
-  def op_name(self) -> str:
-    match = re.search(r'op_name="([^"]*)"', self.text)
-    return match[1] if match else ''
-
-
-_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$')
-_ASSIGNMENT = re.compile(r'^\s+(?:ROOT )?%?([\w.-]+) = ')
-_SHAPE = re.compile(r'([a-z]\w*)\[([\d,<=]*)\]')
-
-
-def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
-  """HLO text -> ({computation: {instruction name: instruction}}, name of the entry)."""
-  computations: dict[str, dict[str, _Instruction]] = {}
-  current, entry = None, ''
-  for line in text.splitlines():
-    if header := _COMPUTATION.match(line):
-      current = computations.setdefault(header[2], {})
-      entry = header[2] if header[1] else entry
-    elif current is not None and (assignment := _ASSIGNMENT.match(line)):
-      rest = re.sub(r'/\*.*?\*/', '', line[assignment.end() :])
-      current[assignment[1]] = _instruction(assignment[1], rest)
-  if not entry:
-    raise ValueError('not an HLO module: it has no ENTRY computation')
-  return computations, entry
-
-
-def _instruction(name: str, rest: str) -> _Instruction:
-  """Parses `type opcode(operands), attributes`."""
-  end = _closing(rest, 0) if rest.startswith('(') else rest.index(' ')
-  opcode, _, _ = rest[end:].strip().partition('(')
-  start = rest.index('(', end)
-  stop = _closing(rest, start)
-  shapes = tuple(_shapes(rest[:end]))
-  return _Instruction(name, opcode, shapes, rest[start + 1 : stop - 1], rest[stop:])
-
-
-def _closing(text: str, start: int) -> int:
-  """The position after the parenthesis that closes the one at `start`."""
-  depth = 0
-  for match in re.compile(r'[()]').finditer(text, start):
-    depth += 1 if match[0] == '(' else -1
-    if depth == 0:
-      return match.end()
-  raise ValueError(f'unbalanced parentheses in HLO: {text[:80]}')
-
-
-def _shapes(text: str) -> Iterator[_Shape]:
-  for dtype, dims in _SHAPE.findall(text):
-    yield _Shape(dtype, tuple(int(d) for d in re.findall(r'\d+', dims)))
-
-
-def _operand_shapes(instruction: _Instruction, scope: dict[str, _Instruction]) -> list[_Shape]:
-  """Shapes of the operands, looked up by name; some printers write them in place as well."""
-  bare = re.sub(r'[a-z]\w*\[[\d,<=]*\](\{[^}]*\})?', '', instruction.operands)
-  names = re.findall(r'[\w.-]+', bare)
-  return [shape for name in names for shape in scope[name].shapes]
-
-
-def _bytes(shape: _Shape) -> int:
-  bits = re.search(r'\d+', shape.dtype)
-  per_element = 8 if shape.dtype == 'pred' else int(bits[0]) if bits else 0
-  return math.ceil(shape.size * per_element / 8)
-
-
-def _ints(match: re.Match[str] | None) -> list[int]:
-  return [int(n) for n in re.findall(r'\d+', match[1])] if match else []

@@ -173,19 +173,12 @@ def check_schema(config: ConfigDict) -> None:
   for key in found:
     if key not in known:
       raise UserError(unknown_key(key, known))
-  _check_types(config)
-
-
-def _check_types(config: Mapping) -> None:
-  found = flatten(config)
-  for key, default in flatten(common.base_config()).items():
-    if _is_open(key):
-      continue
+  for key, default in known.items():
     if key not in found:
       raise UserError(f'config.{key} is missing; start from configs.common.base_config()')
     if type(found[key]) is not type(default):
       raise UserError(wrong_type(key, found[key], default))
-  for key, group in (('w', config['w']), ('mixture.args', config['mixture']['args'])):
+  for key, group in (('w', config.w), ('mixture.args', config.mixture.args)):
     if not isinstance(group, ConfigDict):
       raise UserError(f'config.{key}={group!r}: must be a ConfigDict')
 
@@ -274,8 +267,9 @@ def _check_together(config: ConfigDict) -> None:
         f'config.checkpoint.every={config.checkpoint.every} must be a multiple of '
         f'config.target.every={config.target.every}, so that a resumed run reads the same target'
       )
-  if config.mesh.data == config.mesh.fsdp == -1:
-    raise UserError('config.mesh.data=-1 and config.mesh.fsdp=-1: only one may take all the rest')
+  if list(config.mesh.values()).count(-1) > 1:
+    sizes = ', '.join(f'config.mesh.{axis}={size}' for axis, size in config.mesh.items())
+    raise UserError(f'{sizes}: only one may take all the rest')
 
 
 # Storing
@@ -314,22 +308,17 @@ def read(workdir: str | os.PathLike) -> ConfigDict:
   if not os.path.isfile(path):
     raise UserError(f'{workdir} is not a run directory: it has no config.json')
   defaults = common.base_config().to_dict() | {'w': {}}  # the run's own, whatever they are
-  stored = _with_tuples(files.read_json(path))
+  return ConfigDict(_filled(defaults, _with_tuples(files.read_json(path)), path))
+
+
+def _filled(defaults: Mapping, stored: Any, path: Path) -> dict:
   if not isinstance(stored, dict):
-    raise UserError(f'{path} is not the config of a run; restore it from a copy')
-  config = ConfigDict(_filled(defaults, stored))
-  try:
-    _check_types(config)
-  except UserError as e:
-    raise UserError(f'{path} is damaged ({e}); restore it from a copy') from e
-  return config
-
-
-def _filled(defaults: Mapping, stored: Mapping) -> dict:
-  both = {
-    k: v for k, v in stored.items() if isinstance(v, dict) and isinstance(defaults.get(k), dict)
-  }
-  return {**defaults, **stored, **{k: _filled(defaults[k], v) for k, v in both.items()}}
+    raise UserError(
+      f'{path} is damaged: {stored!r:.40} stands where a group of keys belongs; restore it from a '
+      'copy'
+    )
+  groups = {k: v for k, v in stored.items() if isinstance(defaults.get(k), dict)}
+  return {**defaults, **stored, **{k: _filled(defaults[k], v, path) for k, v in groups.items()}}
 
 
 def write(workdir: str | os.PathLike, config: Mapping) -> None:

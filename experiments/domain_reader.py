@@ -20,7 +20,7 @@ from experiments import mesh as mesh_lib
 from experiments import mixing
 from experiments.data import pipeline
 from experiments.data.corpus import Corpus
-from experiments.models import gpt2
+from experiments.models import lm
 from jaxrw import diagnostics, gradients, masked, mixtures
 
 FOLLOW_GRADIENTS = ('dga', 'doge')  # methods
@@ -53,7 +53,7 @@ class DomainReader:
 
 
 def make_reader(
-  config: Any, corpus: Corpus, run: mixing.Context, model: gpt2.GPT2Config, mesh: jax.sharding.Mesh
+  config: Any, corpus: Corpus, run: mixing.Context, model: lm.ModelConfig, mesh: jax.sharding.Mesh
 ) -> DomainReader | None:
   """The reader that the method of `config.mixture` needs, or None.
 
@@ -99,7 +99,7 @@ def make_reader(
 
 
 def domain_losses(
-  model: gpt2.GPT2Config, mesh: jax.sharding.Mesh, num_domains: int
+  model: lm.ModelConfig, mesh: jax.sharding.Mesh, num_domains: int
 ) -> Callable[[Any, Batch], jax.Array]:
   """(params, batch) -> mean loss of each domain's examples, float32[G]; 0 for an absent one."""
 
@@ -113,7 +113,7 @@ def domain_losses(
 
 
 def make_read(
-  model: gpt2.GPT2Config,
+  model: lm.ModelConfig,
   mesh: jax.sharding.Mesh,
   num_domains: int,
   rows_for_norms: int = 0,
@@ -169,7 +169,7 @@ def make_read(
 
 
 def read_matrix(
-  model: gpt2.GPT2Config, mesh: jax.sharding.Mesh, corpus: Corpus, blocks: int
+  model: lm.ModelConfig, mesh: jax.sharding.Mesh, corpus: Corpus, blocks: int
 ) -> Callable[[Any], np.ndarray]:
   """(params) -> inner products of the domains' gradients, float64[G, G]; 0 for an empty domain.
 
@@ -190,9 +190,9 @@ def read_matrix(
   )
 
 
-def _examples(params, batch: Batch, model: gpt2.GPT2Config, mesh: jax.sharding.Mesh):
+def _examples(params, batch: Batch, model: lm.ModelConfig, mesh: jax.sharding.Mesh):
   """(losses, base), both float32[B]."""
-  losses = gpt2.token_losses(params, batch, model, mesh=mesh)
+  losses = lm.token_losses(params, batch, model, mesh=mesh)
   return masked.example_level(losses, jaxrw.base_measure(batch['base'], losses))
 
 
@@ -225,7 +225,7 @@ def _basis_drawer(
       corpus,
       'train',
       ids,
-      mesh.size,
+      mesh_lib.row_shards(mesh),
       domain_ids=drawn_by,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
@@ -259,7 +259,7 @@ def _drawer(
       corpus,
       'train',
       first + index * have[domain] // size,
-      mesh.size,
+      mesh_lib.row_shards(mesh),
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )

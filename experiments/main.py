@@ -3,6 +3,7 @@
 Examples:
   python -m experiments.main --config=configs/quickstart.py --workdir=runs/uniform
   python -m experiments.main --config=configs/lm.py:quick --dry_run
+  python -m experiments.main --config=configs/llama.py:size=7b --compile_for=v5e:16x16
   python -m experiments.main --config=configs/quickstart.py --workdir=runs/hot \\
       --config.w.loss.fn=linupper --config.w.loss.temperature=1.0 --config.optim.lr=0.001
 
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from absl import flags
 
+from configs import common
 from experiments import cli
 from experiments import config as config_lib
 from experiments.errors import UserError
@@ -27,6 +29,13 @@ _WORKDIR = flags.DEFINE_string('workdir', '', 'run directory; created, or resume
 _DRY_RUN = flags.DEFINE_bool(
   'dry_run', False, 'print config, parameters, memory, FLOPs and planned examples, and exit'
 )
+_COMPILE_FOR = flags.DEFINE_string(
+  'compile_for',
+  '',
+  'dry run for other devices: v5e:16x16, v5p:4x4x8, 2*v5e:16x16 (slices), cpu:8 (simulated) or '
+  'local; with what the weighting adds to a step, so it compiles three times',
+)
+_JSON = flags.DEFINE_string('json', '', 'dry run: write everything it counted to this file, too')
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', '', "several processes: host:port of the first, or 'auto' on a known cluster"
 )
@@ -35,7 +44,12 @@ _PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'several processes: which o
 
 
 def main(_) -> None:
-  if not (_WORKDIR.value or _DRY_RUN.value):
+  if _COMPILE_FOR.value or _DRY_RUN.value:
+    dry_run()
+    return
+  if _JSON.value:
+    raise UserError(f'--json={_JSON.value} is for a dry run: add --dry_run or --compile_for')
+  if not _WORKDIR.value:
     raise UserError('--workdir is missing: try --workdir=runs/first')
   from experiments import mesh
 
@@ -45,11 +59,6 @@ def main(_) -> None:
   config = _CONFIG.value
   overrides, spec = cli.config_origin()
   train.say(config_lib.format_config(config, overrides, spec))
-  if _DRY_RUN.value:
-    from experiments import dry_run
-
-    train.say(dry_run.describe(train.build(config)))
-    return
   cli.use_compilation_cache(Path(_WORKDIR.value) / '.jax_cache')
   result = train.train(config, _WORKDIR.value)
   final = result['final']
@@ -58,6 +67,28 @@ def main(_) -> None:
     f'(byte bigram {result["bigram_floor_macro"]:.4f}), worst {final["worst_bpb"]:.4f} '
     f'({final["worst_domain"]}); {_WORKDIR.value}/result.json'
   )
+
+
+def dry_run() -> None:
+  """Prints what the run would do and cost, here or on devices that are elsewhere."""
+  from experiments import hardware
+
+  topology = hardware.parse_topology(_COMPILE_FOR.value or 'local')
+  hardware.prepare(topology)
+  from experiments import dry_run, files, train
+
+  config = _CONFIG.value
+  print(config_lib.format_config(config, *cli.config_origin()), flush=True)
+  devices = hardware.devices(topology)
+  run, uniform = train.build(config, devices), None
+  if _COMPILE_FOR.value:
+    plain = config.copy_and_resolve_references()
+    common.set_weighting(plain, 'uniform')
+    uniform = train.build(plain, devices)
+  found = dry_run.report(run, uniform)
+  print(dry_run.describe(run, found))
+  if _JSON.value:
+    files.write_json(_JSON.value, found)
 
 
 if __name__ == '__main__':

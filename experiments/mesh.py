@@ -1,8 +1,9 @@
 """The device mesh and how arrays lie on it.
 
-Two axes: `data` (copies of the model) and `fsdp` (one copy cut into shards). A batch is cut over
-both, so every device holds different rows. Axis types are Auto everywhere: the compiler places
-the communication, and the program reads as if there were one device.
+Three axes: `data` (copies of the model), `fsdp` (one copy cut into shards, gathered where they are
+used) and `tensor` (matrices cut for good, activations traded instead). A batch is cut over the
+first two; devices along `tensor` hold the same rows. Axis types are Auto everywhere: the compiler
+places the communication, and the program reads as if there were one device.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.errors import UserError
 
-AXES = ('data', 'fsdp')
+AXES = ('data', 'fsdp', 'tensor')
+ROWS = ('data', 'fsdp')  # the axes that a batch is cut over
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 
@@ -49,38 +51,73 @@ def initialize_distributed(
     )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh with axes ('data', 'fsdp') over all devices; one of the two sizes may be -1 (the rest).
+def make_mesh(
+  data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+  """A mesh with axes ('data', 'fsdp', 'tensor') over all devices; one size may be -1 (the rest).
+
+  Of several TPU slices, `data` alone goes across: it communicates once a step, and the network
+  between slices is slow.
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices.
+    UserError: the sizes do not multiply to the number of devices, or tear a slice or host apart.
   """
   devices = jax.devices() if devices is None else list(devices)
-  count, sizes = len(devices), {'data': data, 'fsdp': fsdp}
+  count, sizes = len(devices), {'data': data, 'fsdp': fsdp, 'tensor': tensor}
   given = {name: size for name, size in sizes.items() if size != -1}
   product = int(np.prod(list(given.values())))
-  if not given or product < 1 or count % product or (len(given) == 2 and product != count):
+  full = len(given) == len(sizes)
+  if len(given) < 2 or product < 1 or count % product or (full and product != count):
+    shown = ', '.join(f'mesh.{name}={size}' for name, size in sizes.items())
     raise UserError(
-      f'mesh.data={data}, mesh.fsdp={fsdp} do not fit {count} device{"s" * (count != 1)}: '
-      f'their product must be {count}, and one of them may be -1 for the rest'
+      f'{shown} do not fit {_plural(count, "device")}: their product must be {count}, and one of '
+      'them may be -1 for the rest'
     )
-  shape = tuple(size if size != -1 else count // product for size in sizes.values())
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+  data, fsdp, tensor = (size if size != -1 else count // product for size in sizes.values())
+  slices = len({getattr(d, 'slice_index', 0) for d in devices})
+  if data % slices:
+    raise UserError(
+      f'mesh.data={data} must be a multiple of the {slices} slices, which hold {count // slices} '
+      'devices each: make mesh.fsdp or mesh.tensor smaller'
+    )
+  local = count // len({d.process_index for d in devices})
+  if local % tensor:
+    raise UserError(
+      f'mesh.tensor={tensor} must divide the {local} devices of a host, which reads the same rows '
+      'for all of them'
+    )
+  types = (AxisType.Auto,) * len(AXES)
+  if slices > 1:
+    inside, across = (data // slices, fsdp, tensor), (slices, 1, 1)
+    grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+    return Mesh(grid, AXES, axis_types=types)
+  return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types, devices=devices)
+
+
+def row_shards(mesh: Mesh | Mapping[str, int]) -> int:
+  """How many different parts a batch is cut into."""
+  sizes = dict(getattr(mesh, 'shape', mesh))
+  return int(np.prod([sizes.get(axis, 1) for axis in ROWS]))
+
+
+def host_count(mesh: Mesh) -> int:
+  """How many processes its devices belong to."""
+  return len({device.process_index for device in mesh.devices.flat})
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows (axis 0) over all devices, other axes whole."""
-  return NamedSharding(mesh, PartitionSpec(AXES))
+  """Rows (axis 0) over `data` and `fsdp`, other axes whole."""
+  return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def pin_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-  """Inside jit: tells the compiler to keep axis 0 of an activation cut over all devices.
+  """Inside jit: tells the compiler to keep axis 0 of an activation cut as the batch is.
 
   Needed where a sharded parameter meets the batch (the token lookup, each block): left alone, the
   partitioner may cut activations along features instead, and then trade them between devices in
   every layer. Returns x as it is without a mesh, or when its rows do not divide evenly (one row).
   """
-  if mesh is None or x.shape[0] % mesh.size:
+  if mesh is None or x.shape[0] % row_shards(mesh):
     return x
   return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
@@ -138,7 +175,7 @@ def to_global(local_batch: Any, mesh: Mesh) -> Any:
 def check_batch(
   batch_size: int, microbatches: int, mesh: Mesh | Mapping[str, int], process_count: int = 1
 ) -> None:
-  """Checks that every device gets the same number of rows of every microbatch.
+  """Checks that the parts of every microbatch have the same number of rows.
 
   Args:
     batch_size: global rows of a step.
@@ -149,13 +186,13 @@ def check_batch(
   Raises:
     UserError: names the nearest batch sizes that fit.
   """
-  devices = int(np.prod(list(dict(getattr(mesh, 'shape', mesh)).values())))
-  unit = int(np.lcm(devices * microbatches, process_count))
+  shards = row_shards(mesh)
+  unit = int(np.lcm(shards * microbatches, process_count))
   if batch_size < 1 or batch_size % unit:
     below, above = batch_size // unit * unit, (batch_size // unit + 1) * unit
     fix = f'{below} or {above}' if below > 0 else f'{above}'
     raise UserError(
-      f'batch_size={batch_size} is not divisible by {unit} ({_plural(devices, "device")} x '
+      f'batch_size={batch_size} is not divisible by {unit} ({_plural(shards, "device")} x '
       f'{_plural(microbatches, "microbatch", "es")}): use {fix}'
     )
 

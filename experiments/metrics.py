@@ -156,24 +156,6 @@ def scalars(values: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, 
 
 # Progress
 
-# Dense bfloat16 matmul peaks in FLOP/s, by a part of `device.device_kind`; the first match counts.
-PEAK_FLOPS = (
-  ('H200', 989e12),
-  ('H100 PCIe', 756e12),
-  ('H100', 989e12),
-  ('A100', 312e12),
-  ('TPU v6', 918e12),
-  ('TPU v5 lite', 197e12),
-  ('TPU v5e', 197e12),
-  ('TPU v5', 459e12),
-  ('TPU v4', 275e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-  """The bfloat16 peak of one chip in FLOP/s, or None where it is not known."""
-  return next((peak for part, peak in PEAK_FLOPS if part.lower() in device_kind.lower()), None)
-
 
 class Progress:
   """How far, how fast, how long still: a bar on a terminal, now and then a line elsewhere.

@@ -94,20 +94,21 @@ def sample(
 
   import jax
 
+  from experiments import models
   from experiments.checkpoints import restore_params
-  from experiments.models import gpt2
+  from experiments.models import lm
 
   tokenizer = open_tokenizer(config.data)
-  model = gpt2.GPT2Config.from_config(
+  model = models.from_config(
     config.model, vocab_size=tokenizer.vocab_size, seq_len=config.data.seq_len
   )
   model = dataclasses.replace(model, dropout=0.0, attention='xla')
-  shapes = jax.eval_shape(functools.partial(gpt2.init, cfg=model), jax.random.key(0))
+  shapes = jax.eval_shape(functools.partial(lm.init, cfg=model), jax.random.key(0))
   params = restore_params(workdir, shapes)
 
   def logits_fn(params, tokens):
     # A padded vocabulary has rows that no token stands for.
-    return gpt2.apply(params, tokens, model)[..., : tokenizer.vocab_size]
+    return lm.apply(params, tokens, model)[..., : tokenizer.vocab_size]
 
   # Every document of the training text follows an end-of-text token.
   ids = np.concatenate([[tokenizer.eot_id], tokenizer.encode(prompt)])

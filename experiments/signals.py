@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 
 import jaxrw
-from experiments import checkpoints
+from experiments import checkpoints, models
 from experiments import config as config_lib
 from experiments import mesh as mesh_lib
 from experiments.data import pipeline
 from experiments.data.corpus import Corpus
 from experiments.errors import UserError
-from experiments.models import gpt2
+from experiments.models import lm
 
 FIXES = {
   'ref_losses': ': set config.reference to a finished run',
@@ -121,14 +121,14 @@ def make_keep(config: Any, devices: int = 1) -> jaxrw.Keep | None:
 
 
 def reference_model(
-  config: Any, model: gpt2.GPT2Config, layout: Callable[[Any], Any]
-) -> tuple[gpt2.GPT2Config, Any]:
+  config: Any, model: lm.ModelConfig, mesh: jax.sharding.Mesh
+) -> tuple[lm.ModelConfig, Any]:
   """(architecture, parameters) of the model of the run `config.reference`.
 
   Args:
     config: of the run that asks.
     model: its architecture; the reference must read the same tokens.
-    layout: abstract parameters -> their shardings.
+    mesh: of the run that asks.
 
   Raises:
     UserError: the run is not finished, or its model reads other tokens.
@@ -142,12 +142,11 @@ def reference_model(
         f'{config.data[key]!r} here; train the reference with the same'
       )
   vocab_size = theirs.model.vocab_size or model.vocab_size
-  reference = gpt2.GPT2Config.from_config(
-    theirs.model, vocab_size=vocab_size, seq_len=config.data.seq_len
-  )
-  shapes = jax.eval_shape(lambda: gpt2.init(jax.random.key(0), reference))
+  reference = models.from_config(theirs.model, vocab_size=vocab_size, seq_len=config.data.seq_len)
+  shapes = jax.eval_shape(lambda: lm.init(jax.random.key(0), reference))
+  shardings = mesh_lib.tree_shardings(shapes, mesh, reference.sharding_rules)
   abstract = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout(shapes)
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
   )
   return reference, checkpoints.restore_params(path, abstract)
 
@@ -158,7 +157,7 @@ def represent(hidden: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def target_reader(
-  config: Any, corpus: Corpus, model: gpt2.GPT2Config, mesh: jax.sharding.Mesh, layout: Any
+  config: Any, corpus: Corpus, model: lm.ModelConfig, mesh: jax.sharding.Mesh, layout: Any
 ) -> Callable[[Any], dict[str, Any]]:
   """(params) -> what `config.target` asks to read on some blocks of its domain, as step signals.
 
@@ -178,21 +177,21 @@ def target_reader(
     config.target.domain,
     split='train' if anchored else config.eval.split,
     blocks=config.target.blocks,
-    multiple=mesh.size,
+    multiple=mesh_lib.row_shards(mesh),
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
   batch = mesh_lib.to_global(local, mesh)
 
   def anchor(params, batch):
-    hidden = gpt2.hidden(params, batch['tokens'][:, :-1], model, mesh=mesh)
+    hidden = lm.hidden(params, batch['tokens'][:, :-1], model, mesh=mesh)
     mean = jaxrw.weights.anchor_mean(represent(hidden, batch))
     # Rows that only pad the batch have the representation 0; the mean is over the others.
     real = jnp.any(batch['base'] > 0, axis=1)
     return {'anchor': mean * real.size / jnp.sum(real)}
 
   def mean_loss(params, batch):
-    return jaxrw.masked.mean(gpt2.token_losses(params, batch, model, mesh=mesh), batch['base'])
+    return jaxrw.masked.mean(lm.token_losses(params, batch, model, mesh=mesh), batch['base'])
 
   def direction(params, batch):
     return {'direction': jaxrw.gradients.target_direction(mean_loss, params, batch)}

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import files, ledger, metrics, mixing
+from experiments import files, hardware, ledger, metrics, mixing
 from experiments.data.corpus import Corpus
 from experiments.errors import NonFiniteError
 
@@ -49,13 +49,13 @@ class StepLog:
       wandb=config.log.wandb,
       primary=primary,
     )
-    peak = metrics.peak_flops(jax.devices()[0].device_kind)
+    chip = hardware.chip(jax.devices()[0].device_kind)
     self._progress = metrics.Progress(
       config.total_steps,
       start,
       tokens_per_step=self._tokens_per_step,
       flops_per_token=flops_per_token,
-      peak=peak and peak * jax.device_count(),
+      peak=chip and chip.flops * jax.device_count(),
       enabled=config.log.progress and primary,
     )
 

@@ -24,15 +24,15 @@ import optax
 import jaxrw
 from experiments import checkpoints as checkpoints_lib
 from experiments import config as config_lib
-from experiments import files, live_feed, mixing, optim, signals
+from experiments import files, live_feed, mixing, models, optim, signals
 from experiments import mesh as mesh_lib
 from experiments.data import corpus as corpus_lib
 from experiments.data import mixture as mixture_lib
 from experiments.data import pipeline
 from experiments.domain_reader import DomainReader, make_reader
-from experiments.errors import StoppedError
+from experiments.errors import StoppedError, UserError
 from experiments.evaluators import language
-from experiments.models import gpt2
+from experiments.models import lm
 from experiments.step_log import StepLog
 from experiments.stopping import StopRequest
 
@@ -59,7 +59,7 @@ class Run:
 
   config: Any
   corpus: corpus_lib.Corpus
-  model: gpt2.GPT2Config
+  model: lm.ModelConfig
   mesh: jax.sharding.Mesh
   proportions: np.ndarray
   mixture: jaxrw.mixtures.Mixture | None
@@ -80,17 +80,18 @@ class Run:
 
 def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
   """Opens the data and prepares the jitted functions; raises every error that needs no training."""
-  mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-  mesh_lib.check_batch(config.batch_size, config.microbatches, mesh, jax.process_count())
-  mesh_lib.check_batch(config.eval.batch_size, 1, mesh, jax.process_count())
-  keep = signals.make_keep(config, mesh.size)
+  mesh = mesh_lib.make_mesh(**config.mesh, devices=devices)
+  hosts = mesh_lib.host_count(mesh)
+  mesh_lib.check_batch(config.batch_size, config.microbatches, mesh, hosts)
+  mesh_lib.check_batch(config.eval.batch_size, 1, mesh, hosts)
+  keep = signals.make_keep(config, mesh_lib.row_shards(mesh))
   signals.make_weighting(config)  # its mistakes before the data are opened
   tx, schedule = optim.make_optimizer(config.optim, config.total_steps, nonfinite=config.nonfinite)
   corpus = corpus_lib.open_corpus(config.data)
   proportions = mixture_lib.proportions(config.data, corpus)
   context = mixing.context(config, corpus, proportions, schedule)
   mixture = mixing.make_mixture(config, context)
-  model = gpt2.GPT2Config.from_config(
+  model = models.from_config(
     config.model, vocab_size=corpus.tokenizer.vocab_size, seq_len=corpus.seq_len
   )
   weighting = signals.make_weighting(
@@ -103,41 +104,47 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
   if read_domains is not None:
     whole_step['extra'] = read_domains.zeros()
   signals.check_signals(weighting, config, whole_step.get('extra', {}))
-  layout = lambda tree: mesh_lib.tree_shardings(tree, mesh, gpt2.SHARDING_RULES)
+  layout = lambda tree: mesh_lib.tree_shardings(tree, mesh, model.sharding_rules)
   row_signals = None
   if config.reference:
-    reference, params = signals.reference_model(config, model, layout)
+    reference, params = signals.reference_model(config, model, mesh)
     whole_step['reference'] = params
 
     def row_signals(params, batch, whole_step):
-      ref_losses = gpt2.token_losses(whole_step['reference'], batch, reference, mesh=mesh)
+      ref_losses = lm.token_losses(whole_step['reference'], batch, reference, mesh=mesh)
       return {'ref_losses': ref_losses}
 
-  batched_loss = lambda params, batch: gpt2.token_losses(params, batch, model, mesh=mesh)
+  batched_loss = lambda params, batch: lm.token_losses(params, batch, model, mesh=mesh)
   probed_loss = None
+  if config.target.domain and config.target.read == 'gradient' and not model.takes_probe:
+    raise UserError(
+      f"config.target.read='gradient' reads gradients inside the layers, which those of "
+      f"model.name={config.model.name!r} do not offer: use target.read='representation', or "
+      "model.name='gpt2'"
+    )
   if config.target.domain and config.target.read == 'gradient':
-    probed_loss = lambda params, batch, probe: gpt2.token_losses(
+    probed_loss = lambda params, batch, probe: lm.token_losses(
       params, batch, model, mesh=mesh, probe=probe
     )
   elif config.target.domain:
 
     def batched_loss(params, batch):
-      losses, hidden = gpt2.token_losses_and_hidden(params, batch, model, mesh=mesh)
+      losses, hidden = lm.token_losses_and_hidden(params, batch, model, mesh=mesh)
       return losses, {'representation': signals.represent(hidden, batch)}
 
   def init():
-    params = gpt2.init(jax.random.key(config.seed), model)
+    params = lm.init(jax.random.key(config.seed), model)
     return jaxrw.TrainState.create(params, tx, weighting)
 
   step = jaxrw.make_train_step(
-    lambda params, example: gpt2.example_loss(params, example, model),
+    lambda params, example: lm.example_loss(params, example, model),
     tx,
     weighting,
     batched_loss=batched_loss,
     row_signals=row_signals,
     keep=keep,
     probed_loss=probed_loss,
-    probe_shards=mesh.size,
+    probe_shards=mesh_lib.row_shards(mesh),
     microbatches=config.microbatches,
     scope=config.scope,
     example_base=config.example_base,
@@ -147,7 +154,7 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
   def train_step(state, batch, whole_step):
     if model.dropout > 0:
       key = jax.random.key(config.seed)
-      keys = gpt2.dropout_keys(key, state.step, batch['example_id'])
+      keys = lm.dropout_keys(key, state.step, batch['example_id'])
       batch = {**batch, 'dropout_key': keys}
     state, step_metrics = step(state, batch, whole_step)
     record = summarize_step(step_metrics, batch, len(corpus.domains))
@@ -158,7 +165,7 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
 
   eval_model = dataclasses.replace(model, dropout=0.0)
   eval_step = language.make_eval_step(
-    lambda params, batch: gpt2.token_losses(params, batch, eval_model, mesh=mesh),
+    lambda params, batch: lm.token_losses(params, batch, eval_model, mesh=mesh),
     len(corpus.domains),
   )
 
@@ -377,7 +384,7 @@ def summarize_run(
     'status': 'done',
     'steps': config.total_steps,
     'tokens': config.total_steps * config.batch_size * corpus.seq_len,
-    'num_params': gpt2.num_params(run.model),
+    'num_params': run.model.num_params(),
     'final': evaluated,
     'bigram_floor': floor,
     'bigram_floor_macro': float(np.mean(list(floor.values()))),
@@ -404,7 +411,7 @@ def versions() -> dict[str, str]:
 
 def flops_per_token(run: Run) -> int:
   """Useful FLOPs to train on one token, the numerator of MFU."""
-  return gpt2.flops_per_token(run.model, run.corpus.seq_len)
+  return run.model.flops_per_token(run.corpus.seq_len)
 
 
 def say(message: str) -> None:

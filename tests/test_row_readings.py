@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jaxrw
-from experiments.models import gpt2
+from experiments.models import gpt2, lm
 
 CFG = gpt2.GPT2Config(vocab_size=64, max_len=16, n_layer=1, n_head=2, n_embd=16, attention='xla')
 B = 8
@@ -15,7 +15,7 @@ RW, TX = jaxrw.linupper(0.4), optax.sgd(1.0)
 
 
 def _setup():
-  params = gpt2.init(jax.random.key(0), CFG)
+  params = lm.init(jax.random.key(0), CFG)
   tokens = jax.random.randint(jax.random.key(1), (B, 17), 0, 64)
   base = jnp.ones((B, 16)).at[2, 5:].set(0).at[3].set(0)
   direction = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), params)
@@ -27,8 +27,8 @@ def _make(**options):
     None,
     TX,
     RW,
-    batched_loss=lambda p, b: gpt2.token_losses(p, b, CFG),
-    probed_loss=lambda p, b, probe: gpt2.token_losses(p, b, CFG, probe=probe),
+    batched_loss=lambda p, b: lm.token_losses(p, b, CFG),
+    probed_loss=lambda p, b, probe: lm.token_losses(p, b, CFG, probe=probe),
     **options,
   )
 
@@ -45,7 +45,7 @@ def test_readings_are_those_of_the_rows_own_terms(options):
 
   def term(params, i):
     row = jax.tree.map(lambda x: x[i][None], batch)
-    losses = gpt2.token_losses(params, row, CFG)[0]
+    losses = lm.token_losses(params, row, CFG)[0]
     return jnp.sum(jnp.where(measure[i] != 0, measure[i] * losses, 0))
 
   gradients = jax.jit(jax.vmap(jax.grad(term), in_axes=(None, 0)))(params, jnp.arange(B))
@@ -69,7 +69,7 @@ def test_the_step_itself_is_the_same_with_a_probe():
   state = jaxrw.TrainState.create(params, TX, RW)
   probed, metrics = jax.jit(_make())(state, batch)
   plain, _ = jax.jit(
-    jaxrw.make_train_step(None, TX, RW, batched_loss=lambda p, b: gpt2.token_losses(p, b, CFG))
+    jaxrw.make_train_step(None, TX, RW, batched_loss=lambda p, b: lm.token_losses(p, b, CFG))
   )(state, batch)
   for a, b in zip(jax.tree.leaves(probed.params), jax.tree.leaves(plain.params)):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxrw
 from experiments import compiled
-from experiments.models import gpt2
+from experiments.models import gpt2, lm
 from jaxrw import selective, steps
 
 B, D = 16, 3
@@ -175,12 +175,12 @@ CFG = gpt2.GPT2Config(vocab_size=64, max_len=16, n_layer=2, n_head=2, n_embd=32,
 
 def _gpt_step(keep=None, **changes):
   cfg = CFG if not changes else dataclasses.replace(CFG, **changes)
-  losses = lambda params, batch: gpt2.token_losses(params, batch, cfg)
+  losses = lambda params, batch: lm.token_losses(params, batch, cfg)
   return steps.make_train_step(None, SGD, jaxrw.linupper(0.4), batched_loss=losses, keep=keep)
 
 
 def _gpt_data():
-  params = gpt2.init(jax.random.key(0), CFG)
+  params = lm.init(jax.random.key(0), CFG)
   tokens = jax.random.randint(jax.random.key(1), (8, 17), 0, 64)
   return steps.TrainState.create(params, SGD, jaxrw.linupper(0.4)), {
     'tokens': tokens,
@@ -188,7 +188,7 @@ def _gpt_data():
   }
 
 
-@pytest.mark.parametrize('changes', [{}, {'scan': False}, {'remat': True}], ids=str)
+@pytest.mark.parametrize('changes', [{}, {'scan': False}, {'remat': 'full'}], ids=str)
 @pytest.mark.parametrize('reuse', [False, True])
 def test_a_transformer_trains_on_the_kept_rows_exactly(reuse, changes):
   state, batch = _gpt_data()
@@ -200,13 +200,13 @@ def test_a_transformer_trains_on_the_kept_rows_exactly(reuse, changes):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize('remat', [False, True])
+@pytest.mark.parametrize('remat', ['none', 'full'])
 def test_what_half_a_backward_pass_costs(remat):
   """In forward passes of the batch, a backward pass being two; remat adds one of the blocks."""
   state, batch = _gpt_data()
   flops = lambda step: compiled.costs(jax.jit(step).lower(state, batch).compile()).matmul_flops
   plain = flops(_gpt_step())
-  backward = 2 + (flops(_gpt_step(remat=True)) / plain - 1) * 3 * remat
+  backward = 2 + (flops(_gpt_step(remat='full')) / plain - 1) * 3 * (remat == 'full')
   for reuse, kept_forward in ((False, 0.5), (True, 0)):
     ours = flops(_gpt_step(selective.Keep(rows=4, reuse=reuse), remat=remat))
     assert ours / plain == pytest.approx((1 + kept_forward + backward / 2) / 3, rel=0.002)

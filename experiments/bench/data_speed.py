@@ -63,7 +63,7 @@ def measure(data_config: Any, batch_size: int, batches: int) -> Speed:
   from jaxrw.mixtures import Planner
 
   corpus = corpus_lib.open_corpus(data_config)
-  mesh = mesh_lib.make_mesh(1, 1, jax.devices()[:1])
+  mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
   rng, count = np.random.default_rng(0), len(corpus.domains)
   live = rng.dirichlet(np.ones(count), size=16)
   start = np.full(count, 1 / count)

@@ -782,16 +782,16 @@ CASES: dict[str, tuple[Case, ...]] = {
     Case(
       'a config that is none',
       CUT,
-      'runs/cut/config.json is not the config of a run;',
+      'runs/cut/config.json is damaged: () stands where a group of keys belongs;',
       RESTORE,
       (*RESUMED, write('runs/cut/config.json', '[]')),
     ),
     Case(
-      'a config with a value of the wrong type',
+      'a config without its groups',
       CUT,
-      "runs/cut/config.json is damaged (config.seed='0': must be of type int, such as 0);",
+      'runs/cut/config.json is damaged: 3 stands where a group of keys belongs;',
       RESTORE,
-      (*RESUMED, edit('runs/cut/config.json', lambda d: d.replace(b'"seed": 0', b'"seed": "0"'))),
+      (*RESUMED, write('runs/cut/config.json', '{"optim": 3}')),
     ),
     Case(
       'a broken line in the metrics',

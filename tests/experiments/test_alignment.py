@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from configs import common
 from experiments import alignment, checkpoints, train
 from experiments.errors import UserError
-from experiments.models import gpt2
+from experiments.models import lm
 from tests.experiments import small
 
 
@@ -38,7 +38,7 @@ def test_the_matrix_is_that_of_explicit_gradients(tmp_path):
     rows = run.corpus.rows('train', ids)
 
     def mean(params, rows=rows):
-      losses, base = gpt2.token_losses(params, rows, run.model), rows['base']
+      losses, base = lm.token_losses(params, rows, run.model), rows['base']
       return jnp.mean(jnp.sum(losses * base, axis=1) / jnp.sum(base, axis=1))
 
     gradients.append(ravel_pytree(jax.grad(mean)(params))[0])

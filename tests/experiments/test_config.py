@@ -29,7 +29,7 @@ def test_every_rule_is_about_an_existing_key_and_most_keys_have_one():
   assert free == {
     'weighting', 'data.path', 'data.name', 'data.tfds_dir', 'data.root',
     'data.text_key', 'data.domain_key', 'data.weight_key',
-    'model.scan', 'model.remat', 'log.tensorboard', 'log.progress',
+    'model.scan', 'log.tensorboard', 'log.progress',
     'log.ledger',
     'keep.sampled', 'keep.reuse', 'target.domain', 'mixture.fn', 'mixture.args',
   }  # fmt: skip

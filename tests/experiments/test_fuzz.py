@@ -264,7 +264,7 @@ TINY = {
   'model.vocab_size': st.integers(0, 300),
   'model.dtype': st.sampled_from(['float32', 'bfloat16']),
   'model.scan': st.booleans(),
-  'model.remat': st.booleans(),
+  'model.remat': st.sampled_from(['none', 'dots', 'full']),
   'model.loss_chunk': st.integers(0, 40),
   'model.dropout': st.floats(0, 1),
   'optim.lr': st.floats(0),

@@ -1,6 +1,7 @@
 """Mesh sizes, layouts by path, and the checks a user meets before training."""
 
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from experiments import mesh as mesh_lib
 from experiments import optim
 from experiments.errors import UserError
-from experiments.models import gpt2
+from experiments.models import gpt2, lm
 
 CFG = gpt2.GPT2Config(vocab_size=40, max_len=8, n_layer=2, n_head=2, n_embd=16)
 
@@ -33,8 +34,51 @@ def one_line(error):
 )
 def test_mesh_sizes(data, fsdp, shape):
   mesh = mesh_lib.make_mesh(data, fsdp)
-  assert dict(mesh.shape) == {'data': shape[0], 'fsdp': shape[1]}
-  assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+  assert dict(mesh.shape) == {'data': shape[0], 'fsdp': shape[1], 'tensor': 1}
+  assert mesh.axis_types == (AxisType.Auto,) * 3
+
+
+def test_tensor_devices_share_rows():
+  mesh = mesh_lib.make_mesh(2, -1, 2)
+  assert dict(mesh.shape) == {'data': 2, 'fsdp': 2, 'tensor': 2}
+  assert mesh_lib.row_shards(mesh) == 4
+  assert mesh_lib.batch_sharding(mesh).shard_shape((8, 3)) == (2, 3)
+  mesh_lib.check_batch(4, 1, mesh)
+
+
+class FakeDevice(NamedTuple):
+  """What makes a mesh of a pod's devices, as jax describes them."""
+
+  id: int
+  process_index: int
+  slice_index: int
+  platform: str = 'gpu'
+  device_kind: str = 'fake'
+
+
+def fake_pod(slices, hosts, devices):
+  """`slices` slices of `hosts` hosts each, every host with `devices` devices."""
+  return [
+    FakeDevice(i, i // devices, i // (hosts * devices)) for i in range(slices * hosts * devices)
+  ]
+
+
+def test_only_data_goes_across_slices():
+  devices = fake_pod(slices=2, hosts=2, devices=4)
+  mesh = mesh_lib.make_mesh(-1, 4, 2, devices=devices)
+  assert dict(mesh.shape) == {'data': 2, 'fsdp': 4, 'tensor': 2}
+  for one_copy in mesh.devices:
+    assert len({d.slice_index for d in one_copy.flat}) == 1
+
+
+def test_a_slice_or_host_is_not_torn_apart():
+  pod = fake_pod(slices=2, hosts=2, devices=4)
+  with pytest.raises(UserError) as error:
+    mesh_lib.make_mesh(1, 16, devices=pod)
+  assert 'mesh.data=1 must be a multiple of the 2 slices, which hold 8' in one_line(error)
+  with pytest.raises(UserError) as error:
+    mesh_lib.make_mesh(2, 1, 8, devices=pod)
+  assert 'mesh.tensor=8 must divide the 4 devices of a host' in one_line(error)
 
 
 def test_mesh_over_some_devices():
@@ -60,9 +104,9 @@ def specs(tree):
 
 
 def test_rules_lay_out_the_model():
-  shapes = jax.eval_shape(lambda key: gpt2.init(key, CFG), jax.random.key(0))
+  shapes = jax.eval_shape(lambda key: lm.init(key, CFG), jax.random.key(0))
   mesh = mesh_lib.make_mesh(2, 4)
-  layout = specs(mesh_lib.tree_shardings(shapes, mesh, gpt2.SHARDING_RULES))
+  layout = specs(mesh_lib.tree_shardings(shapes, mesh, gpt2.GPT2Config.sharding_rules))
   for module in ('qkv', 'out'):
     assert layout['blocks']['attn'][module]['kernel'] == P(None, None, 'fsdp')
     assert layout['blocks']['attn'][module]['bias'] == P()
@@ -72,12 +116,12 @@ def test_rules_lay_out_the_model():
 
 def test_rules_cut_all_large_arrays_of_the_published_models():
   cfg = gpt2.PRESETS['gpt2_124m']
-  shapes = jax.eval_shape(lambda key: gpt2.init(key, cfg), jax.random.key(0))
+  shapes = jax.eval_shape(lambda key: lm.init(key, cfg), jax.random.key(0))
   mesh = mesh_lib.make_mesh(1, 8)
-  layout = mesh_lib.tree_shardings(shapes, mesh, gpt2.SHARDING_RULES)
+  layout = mesh_lib.tree_shardings(shapes, mesh, gpt2.GPT2Config.sharding_rules)
   shard = jax.tree.map(lambda leaf, s: np.prod(s.shard_shape(leaf.shape)), shapes, layout)
   # Biases, norms and positions stay whole: 0.5M of 124.0M.
-  assert sum(jax.tree.leaves(shard)) < gpt2.num_params(cfg) / 8 + 0.6e6
+  assert sum(jax.tree.leaves(shard)) < cfg.num_params() / 8 + 0.6e6
 
 
 def test_axes_that_do_not_divide_stay_whole():
@@ -101,10 +145,10 @@ def test_optimizer_moments_are_laid_out_like_their_parameters(nonfinite):
     warmup_steps=0, final_lr_ratio=0.1, decay_steps=0,
   )  # fmt: skip
   tx, _ = optim.make_optimizer(config, 10, nonfinite=nonfinite)
-  params = jax.eval_shape(lambda key: gpt2.init(key, CFG), jax.random.key(0))
+  params = jax.eval_shape(lambda key: lm.init(key, CFG), jax.random.key(0))
   opt_state = jax.eval_shape(tx.init, params)
   mesh = mesh_lib.make_mesh(2, 4)
-  layout = mesh_lib.tree_shardings((params, opt_state), mesh, gpt2.SHARDING_RULES)
+  layout = mesh_lib.tree_shardings((params, opt_state), mesh, gpt2.GPT2Config.sharding_rules)
   params_layout, opt_layout = layout
   for moment in ('mu', 'nu'):
     assert optax.tree.get(opt_layout, moment) == params_layout

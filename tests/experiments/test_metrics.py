@@ -266,26 +266,6 @@ def test_disabled_still_measures():
 
 
 @pytest.mark.parametrize(
-  ('kind', 'peak'),
-  [
-    ('NVIDIA H200', 989e12),
-    ('NVIDIA H100 80GB HBM3', 989e12),
-    ('NVIDIA A100-SXM4-40GB', 312e12),
-    ('TPU v4', 275e12),
-    ('TPU v5 lite', 197e12),
-    ('TPU v5e', 197e12),
-    ('TPU v5', 459e12),
-    ('TPU v5p', 459e12),
-    ('TPU v6 lite', 918e12),
-    ('TPU v6e', 918e12),
-    ('cpu', None),
-  ],
-)
-def test_peaks(kind, peak):
-  assert metrics.peak_flops(kind) == peak
-
-
-@pytest.mark.parametrize(
   ('seconds', 'text'), [(0, '0s'), (59.6, '1m00s'), (185, '3m05s'), (7620, '2h07m')]
 )
 def test_format_seconds(seconds, text):

@@ -16,7 +16,7 @@ from experiments import compiled, domain_reader, files, live_feed, metrics, mixi
 from experiments.data import mixture as mixture_lib
 from experiments.data import pipeline
 from experiments.errors import UserError
-from experiments.models import gpt2
+from experiments.models import gpt2, lm
 from jaxrw.mixtures import Planner
 from tests.experiments import small
 
@@ -325,7 +325,7 @@ def mean_gradient(built, params, batch, domain):
   part = {name: value[rows] for name, value in batch.items()}
   mean = lambda p: jnp.mean(
     jax.vmap(lambda losses, base: jnp.sum(losses * base) / jnp.sum(base))(
-      gpt2.token_losses(p, part, built.model), part['base']
+      lm.token_losses(p, part, built.model), part['base']
     )
   )
   return jax.flatten_util.ravel_pytree(jax.grad(mean)(params))[0]
@@ -397,7 +397,7 @@ def test_alignment_with_all_domains_costs_one_gradient(num_domains):
   """Exact FLOPs of the matmuls: K inner products against one gradient of the same rows."""
   model = gpt2.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=257, max_len=32)
   mesh = jax.make_mesh((1, 1), ('data', 'fsdp'), (jax.sharding.AxisType.Auto,) * 2)
-  params = jax.eval_shape(lambda: gpt2.init(jax.random.key(0), model))
+  params = jax.eval_shape(lambda: lm.init(jax.random.key(0), model))
   rows = 64
   batch = {
     'tokens': jax.ShapeDtypeStruct((rows, 33), jnp.int32),
@@ -405,7 +405,7 @@ def test_alignment_with_all_domains_costs_one_gradient(num_domains):
     'domain_id': jax.ShapeDtypeStruct((rows,), jnp.int32),
   }
   read = domain_reader.make_read(model, mesh, num_domains)
-  mean = lambda params, batch: jnp.mean(gpt2.token_losses(params, batch, model))
+  mean = lambda params, batch: jnp.mean(lm.token_losses(params, batch, model))
   flops = lambda f, *args: compiled.costs(jax.jit(f).lower(*args).compile()).matmul_flops
   gradient = flops(jax.grad(mean), params, batch)
   whole = flops(read, params, batch, batch)  # the target's gradient and the products

@@ -11,7 +11,7 @@ import pytest
 
 from experiments import optim
 from experiments.errors import UserError
-from experiments.models import gpt2
+from experiments.models import gpt2, lm
 
 
 def config(**changes):
@@ -129,7 +129,7 @@ def test_clip_zero_leaves_the_gradient_alone():
 
 def test_decay_touches_matrices_and_tables_only():
   cfg = gpt2.PRESETS['tiny']
-  shapes = jax.eval_shape(lambda key: gpt2.init(key, cfg), jax.random.key(0))
+  shapes = jax.eval_shape(lambda key: lm.init(key, cfg), jax.random.key(0))
   mask = optim.decay_mask(shapes)
   assert jax.tree.structure(mask) == jax.tree.structure(shapes)
   for path, decayed in jax.tree_util.tree_leaves_with_path(mask):

@@ -9,7 +9,7 @@ import jaxrw
 from configs import common
 from experiments import compare, dry_run, signals, train
 from experiments.errors import UserError
-from experiments.models import gpt2
+from experiments.models import gpt2, lm
 from tests.experiments import small
 
 
@@ -69,8 +69,8 @@ def test_the_reference_gives_its_losses(config, corpus, tmp_path):
     reference.model, vocab_size=run.model.vocab_size, seq_len=config.data.seq_len
   )
   expected = jaxrw.token_topk_weights(
-    gpt2.token_losses(state.params, batch, run.model),
-    gpt2.token_losses(run.signals(state.params)['reference'], batch, theirs),
+    lm.token_losses(state.params, batch, run.model),
+    lm.token_losses(run.signals(state.params)['reference'], batch, theirs),
     0.6,
     base=metrics['base'],
   )
@@ -135,7 +135,7 @@ def test_the_target_is_read_in_the_backward_pass(config):
   run = train.build(config)
   metrics, batch, state = _first_step(run)
   direction = run.signals(state.params)['direction']
-  losses = lambda params: jnp.mean(gpt2.token_losses(params, batch, run.model), axis=1)
+  losses = lambda params: jnp.mean(lm.token_losses(params, batch, run.model), axis=1)
   _, products = jax.jvp(losses, (state.params,), (direction,))
   mine = np.asarray(metrics['weights'])[:, 0] * products / config.batch_size
   np.testing.assert_allclose(metrics['row_alignment'], mine, rtol=2e-3, atol=1e-5)
@@ -155,7 +155,7 @@ def test_adapt_reads_its_anchors_on_training_blocks_of_the_target(config, tmp_pa
 
   def unit(tokens, base):
     """Unit vectors of float64 position-weighted means, by a loop."""
-    hidden = np.asarray(gpt2.hidden(state.params, tokens[:, :-1], run.model), np.float64)
+    hidden = np.asarray(lm.hidden(state.params, tokens[:, :-1], run.model), np.float64)
     for row, valid in zip(hidden, np.asarray(base) > 0):
       pooled = sum((t + 1) * h for t, h in enumerate(row[valid]))
       yield pooled / np.linalg.norm(pooled)

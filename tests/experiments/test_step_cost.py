@@ -11,7 +11,7 @@ import jaxrw
 from experiments import dry_run, plots
 from experiments.bench import arms, mixture_cost, step_cost
 from experiments.errors import UserError
-from experiments.models import gpt2
+from experiments.models import lm
 from tests.experiments import small
 
 
@@ -128,7 +128,7 @@ def test_the_peer_is_the_same_model(config):
   tokens = torch.from_numpy(np.array(batch['tokens'], np.int64))
   with torch.no_grad():
     theirs = torch_peer.load(state.params, run.model, 'cpu')(tokens).numpy()
-  ours = gpt2.token_losses(state.params, batch, run.model)
+  ours = lm.token_losses(state.params, batch, run.model)
   np.testing.assert_allclose(theirs, ours, rtol=1e-4)
   losses = torch.from_numpy(theirs.mean(1))
   np.testing.assert_allclose(
@@ -156,8 +156,11 @@ def test_the_parts_of_a_mixture_are_timed_and_its_readings_counted(config):
   for share in (odm.stage, dga.stage, dga.reading):
     assert 0 < share.low <= share.mean <= share.high
   run = arms.build(config, f'uniform@mixture={specs[1]}', jax.devices()[:1])
-  (said,) = dry_run.reading_text(run, dry_run.step_costs(run))
-  assert f'2 times in 8 steps: {dga.reading_flops:.2%}' in said
+  found = dry_run.report(run)
+  assert found['readings']['times'] == 2
+  share = 2 * found['readings']['matmul_flops'] / (8 * dry_run.step_costs(run).matmul_flops)
+  assert share == pytest.approx(dga.reading_flops)
+  assert f'2 times in 8 steps: {dga.reading_flops:.2%}' in dry_run.describe(run, found)
   text = mixture_cost.format_costs(milliseconds, [odm, dga])
   assert f'{dga.reading_flops:.3%}' in text
 

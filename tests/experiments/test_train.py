@@ -175,7 +175,8 @@ def test_weights_of_the_dataset_reach_the_loss(config, tmp_path):
 
 
 def test_dry_run_says_what_it_would_cost(config):
-  text = dry_run.describe(train.build(config, jax.devices()[:1]))
+  built = train.build(config, jax.devices()[:1])
+  text = dry_run.describe(built, dry_run.report(built))
   for part in ('parameters: ', 'FLOP', 'temporary', 'easy', 'hard', 'epochs'):
     assert part in text
 
