@@ -256,6 +256,11 @@ def _check_together(config: ConfigDict) -> None:
       f'config.optim.warmup_steps={optim.warmup_steps} and decay_steps={optim.decay_steps} do not '
       f'fit into config.total_steps={config.total_steps}'
     )
+  if config.keep.rows and config.scope != 'global':
+    raise UserError(
+      f"config.keep.rows={config.keep.rows} needs all weights first: use scope='global', not "
+      f'{config.scope!r}'
+    )
   if config.target.domain:
     if config.target.read == 'gradient' and (config.keep.rows or config.scope == 'online'):
       raise UserError(
@@ -308,7 +313,11 @@ def read(workdir: str | os.PathLike) -> ConfigDict:
   if not os.path.isfile(path):
     raise UserError(f'{workdir} is not a run directory: it has no config.json')
   defaults = common.base_config().to_dict() | {'w': {}}  # the run's own, whatever they are
-  return ConfigDict(_filled(defaults, _with_tuples(files.read_json(path)), path))
+  filled = _filled(defaults, _with_tuples(files.read_json(path)), path)
+  try:
+    return ConfigDict(filled)
+  except (ValueError, AttributeError) as e:  # a name that no key can have
+    raise UserError(f'{path} is damaged ({one_line(e)}); restore it from a copy') from e
 
 
 def _filled(defaults: Mapping, stored: Any, path: Path) -> dict:

@@ -71,6 +71,11 @@ def check_signals(
   Raises:
     UserError: it needs a signal that nothing in the config provides.
   """
+  if config.scope == 'online' and weighting.log_weights is None:
+    raise UserError(
+      "config.scope='online' is for weightings of the softmax type (kl_dro, linupper_stale and "
+      "their chains): use scope='global'"
+    )
   shape = (config.batch_size, config.data.seq_len)
   rows = jax.ShapeDtypeStruct(shape[:1], 'int32')
   tokens = jax.ShapeDtypeStruct(shape, 'float32')

@@ -333,6 +333,19 @@ CASES: dict[str, tuple[Case, ...]] = {
       'but a group has 8 (a batch of 8 in groups=1)',
     ),
     Case(
+      'some rows only, and weights of parts of the batch',
+      ('--config.keep.rows=4', '--config.scope=microbatch'),
+      'config.keep.rows=4 needs all weights first:',
+      "use scope='global', not 'microbatch'",
+    ),
+    Case(
+      'one pass for a weighting that needs two',
+      ('--config.scope=online',),
+      "config.scope='online' is for weightings of the softmax type (kl_dro, linupper_stale and "
+      'their chains):',
+      "use scope='global'",
+    ),
+    Case(
       'a reference that is no run',
       ('--config.reference=text',),
       'text is not a run directory:',
@@ -719,13 +732,13 @@ CASES: dict[str, tuple[Case, ...]] = {
     Case(
       'a mesh that the devices do not fill',
       ('--config.mesh.data=3',),
-      'mesh.data=3, mesh.fsdp=1 do not fit 8 devices:',
+      'mesh.data=3, mesh.fsdp=1, mesh.tensor=1 do not fit 8 devices:',
       'their product must be 8, and one of them may be -1 for the rest',
     ),
     Case(
       'a mesh without any size',
       ('--config.mesh.fsdp=-1',),
-      'config.mesh.data=-1 and config.mesh.fsdp=-1:',
+      'config.mesh.data=-1, config.mesh.fsdp=-1, config.mesh.tensor=1:',
       'only one may take all the rest',
     ),
     Case(
