@@ -128,8 +128,9 @@ def base_config() -> ConfigDict:
   config.checkpoint = ConfigDict(dict(every=100, keep=2, keep_every=0, best='', init_from=''))
   # examples_every: how often each example's id, weight and loss are written; 0 means never.
   # ledger: the same of every step as Parquet for queries; see docs/ledger.md.
+  # wandb: a project of Weights & Biases that gets the metrics as well; empty: none.
   config.log = ConfigDict(
-    dict(every=10, tensorboard=True, progress=True, examples_every=1, ledger=False)
+    dict(every=10, tensorboard=True, wandb='', progress=True, examples_every=1, ledger=False)
   )
   return config
 
@@ -244,7 +245,7 @@ def set_mixture(config: ConfigDict, spec: str) -> None:
     config.mixture.fn, config.mixture.args = fn, ConfigDict()
     for argument in arguments:
       name, equals, text = argument.partition('=')
-      if not fn or not equals or not name or not text or name in ('fn', 'args'):
+      if not fn or not equals or not text or not _is_name(name) or name in ('fn', 'args'):
         raise ConfigError(
           f"mixture {spec!r}: write a method and its arguments, 'dga:rate=1.0:every=50'"
         )
@@ -254,6 +255,10 @@ def set_mixture(config: ConfigDict, spec: str) -> None:
         config.mixture[name] = _parse_value(name, text, type(config.mixture[name]))
       else:
         config.mixture.args[name] = _number_or_word(text, int)
+
+
+def _is_name(text: str) -> bool:
+  return text.isidentifier() and not text.startswith('_')
 
 
 _TEMPERED = ('linupper', 'linupper_stale', 'quadratic', 'extremes', 'upper', 'kl_dro', 'adapt')
@@ -266,6 +271,8 @@ def _weighting_stage(spec: str) -> dict:
       raise ConfigError(
         f'weighting {spec!r} needs the weighting it shuffles: row_shuffled:linupper:0.4'
       )
+    if arguments[0] == name:
+      raise ConfigError(f'weighting {spec[:40]!r}: shuffle once, row_shuffled:linupper:0.4')
     return dict(fn=name, stage=_weighting_stage(spec.partition(':')[2]))
   if name == 'uniform' and arguments:
     raise ConfigError(f"weighting {spec!r}: uniform takes no temperature; write 'uniform'")
@@ -277,7 +284,8 @@ def _weighting_stage(spec: str) -> dict:
     key, text = (key, text) if equals else ('temperature', key)
     stage[key] = _number_or_word(text, int if key != 'temperature' else float)
   temperature = stage.get('temperature', 1)
-  if not name or '' in stage.values() or isinstance(temperature, str) or not temperature > 0:
+  positive = not isinstance(temperature, str) and temperature > 0
+  if '' in stage.values() or not all(map(_is_name, stage)) or not positive:
     raise ConfigError(
       f"weighting {spec!r}: write a name and a positive temperature, 'linupper:0.4', or a name and "
       "arguments, 'trimmed:share=0.5'"

@@ -243,19 +243,27 @@ def load_board(paths: Sequence[str | Path]) -> Board:
 def load_comparison(folder: Path) -> Board:
   """The board that `experiments.compare` recorded in `folder`."""
   record = files.read_json(folder / 'compare.json')
-  return Board(
-    tuple(
-      Arm(
-        name=arm['name'],
-        lr=arm['lr'],
-        runs=tuple(Run(folder / run) for run in arm['runs']),
-        grid=tuple((p['lr'], math.inf if p['value'] is None else p['value']) for p in arm['grid']),
-        step_flops=arm.get('step_flops'),
-      )
-      for arm in record['arms']
-    ),
-    record['metric'],
-  )
+  try:
+    return Board(
+      tuple(
+        Arm(
+          name=arm['name'],
+          lr=arm['lr'],
+          runs=tuple(Run(folder / run) for run in arm['runs']),
+          grid=tuple(
+            (p['lr'], math.inf if p['value'] is None else p['value']) for p in arm['grid']
+          ),
+          step_flops=arm.get('step_flops'),
+        )
+        for arm in record['arms']
+      ),
+      record['metric'],
+    )
+  except (KeyError, TypeError, AttributeError) as error:
+    raise UserError(
+      f'{folder / "compare.json"} is not what experiments.compare writes; run it again, which '
+      'trains nothing twice'
+    ) from error
 
 
 def board_of_runs(runs: Sequence[Run]) -> Board:
@@ -306,5 +314,8 @@ def lookup(row: dict[str, Any], path: str) -> float:
   return float(found) if isinstance(found, (int, float)) else math.nan
 
 
-def _json_or_none(path: Path) -> Any:
-  return files.read_json(path) if path.exists() else None
+def _json_or_none(path: Path) -> dict[str, Any] | None:
+  found = files.read_json(path) if path.exists() else None
+  if not isinstance(found, dict | None):
+    raise UserError(f'{path} is damaged; restore it from a copy, or leave the run out')
+  return found

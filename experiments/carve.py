@@ -135,10 +135,7 @@ def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
   for number, line in enumerate(text_files.lines(path), start=1):
     if not line.strip():
       continue
-    try:
-      record = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise text_files.bad_line(path, number, f'not JSON ({error.msg})') from error
+    record = text_files.parse_json(line, path, number)
     if not isinstance(record, dict):
       raise text_files.bad_line(path, number, 'not a JSON object')
     yield number, record
@@ -159,7 +156,7 @@ def _hash(seed: int, record: Mapping[str, Any]) -> float:
 
 def _value(record: Mapping[str, Any], by: str, path: Path, number: int) -> str:
   value = record.get(by)
-  if not isinstance(value, str) or not value or '/' in value:
+  if not isinstance(value, str) or not value.isprintable() or not value or '/' in value:
     raise UserError(
       f'{path}, line {number}: --by={by} needs a text that can name a file there, found {value!r}'
     )

@@ -23,7 +23,10 @@ flags.disclaim_key_flags()  # a flag belongs to the program that defines it, for
 def define_config() -> flags.FlagHolder[ConfigDict]:
   """Defines the required flag `--config=file.py[:arg]`; `--config.optim.lr=0.001` overrides."""
   return config_flags.DEFINE_config_file(
-    'config', help_string='file.py[:arg]; change any value with --config.<key>=<value>'
+    'config',
+    help_string='file.py[:arg]; change any value with --config.<key>=<value>',
+    flag_values=FLAGS,
+    sys_argv=[arg for arg in sys.argv if not _is_flagfile(arg)],  # which are refused, in `_parse`
   )
 
 
@@ -106,6 +109,8 @@ def _parse(argv: list[str], *, positional: bool) -> list[str]:
   The config file and the names of its overrides are checked first, because the messages of
   config_flags are tracebacks.
   """
+  if files := [arg for arg in argv if _is_flagfile(arg)]:
+    raise UserError(f'{files[0]}: options in a file are not read; write them on the command line')
   spec = _config_spec(argv)
   if 'config' in FLAGS:
     if not spec:
@@ -120,6 +125,10 @@ def _parse(argv: list[str], *, positional: bool) -> list[str]:
   if 'config' in FLAGS:
     config_lib.check(FLAGS.config)
   return rest
+
+
+def _is_flagfile(arg: str) -> bool:
+  return re.match(r'--?flagfile\b', arg) is not None
 
 
 def _config_spec(argv: list[str]) -> str | None:
@@ -150,6 +159,12 @@ def _flag_message(error: flags.Error) -> str:
   if match := re.match(r'flag --config\.([^=]*)=(.*?): ', text):
     defaults = config_lib.flatten(config_lib.load(_config_spec(sys.argv)))
     return '--' + config_lib.wrong_type(match[1], match[2], defaults[match[1]])
+  if match := re.match(r'Missing value for flag (\S*)', text):
+    return f'{match[1]} has no value: write {match[1]}=<value>'
+  if match := re.match(r'flag (--\w+=.*): (?:could not convert|invalid literal)', text):
+    return f'{match[1]}: must be a number'
+  if match := re.match(r'Found (\S*) in argv before a value for --config', text):
+    return f'{match[1]} stands before --config=...: write it behind'
   return text.removeprefix('flag ')
 
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 from experiments import files
-from experiments.config_rules import RULES, are_names
+from experiments.config_rules import RULES, are_names, is_text
 from experiments.errors import UserError
 
 # Keys that change what is logged, kept or where, never a parameter or a score. A run may be resumed
@@ -68,7 +68,7 @@ def arms(spec: str) -> dict[str, str]:
 def _call(spec: str, name: str, default: Callable[[str], Any] | None = None) -> Any:
   """What a function of the config file returns for the argument behind the colon."""
   path, _, arg = spec.partition(':')
-  if not Path(path).is_file():
+  if not os.path.isfile(path):
     known = ', '.join(map(str, config_files()))
     raise UserError(f'--config={path}: no such file' + (f'; there is {known}' if known else ''))
   try:
@@ -150,6 +150,12 @@ def check(config: ConfigDict) -> None:
   """
   check_schema(config)
   flat = flatten(config)
+  for key, value in flat.items():
+    strings = [v for v in (value if isinstance(value, tuple) else [value]) if isinstance(v, str)]
+    if not all(map(is_text, strings)):
+      raise UserError(
+        f'config.{key}={value!r}: must be UTF-8 text without NUL; choose another name'
+      )
   for key, rule in RULES.items():
     if not rule.holds(flat[key]):
       raise UserError(f'config.{key}={flat[key]!r}: must be {rule.text}')
@@ -174,6 +180,9 @@ def check_schema(config: ConfigDict) -> None:
       raise UserError(f'config.{key} is missing; start from configs.common.base_config()')
     if type(found[key]) is not type(default):
       raise UserError(wrong_type(key, found[key], default))
+  for key, group in (('w', config.w), ('mixture.args', config.mixture.args)):
+    if not isinstance(group, ConfigDict):
+      raise UserError(f'config.{key}={group!r}: must be a ConfigDict')
 
 
 def _is_open(key: str) -> bool:
@@ -196,7 +205,7 @@ def _check_weighting(config: ConfigDict) -> None:
   if not order or not are_names(order):
     raise UserError(f"config.weighting={order!r}: must be distinct stage names, such as ('loss',)")
   for name in order:
-    if 'fn' not in specs.get(name, {}):
+    if not isinstance(specs.get(name), ConfigDict) or 'fn' not in specs[name]:
       raise UserError(
         f'config.weighting names {name!r}, so config.w.{name}.fn must name a weighting'
       )
@@ -224,7 +233,7 @@ def _check_mixture(config: ConfigDict) -> None:
 
 def _check_together(config: ConfigDict) -> None:
   data, model, optim = config.data, config.model, config.optim
-  if data.source == 'folder' and not (data.path and Path(data.path).is_dir()):
+  if data.source == 'folder' and not os.path.isdir(data.path):
     raise UserError(
       f"config.data.path={data.path!r}: data.source='folder' needs an existing folder"
     )
@@ -248,6 +257,11 @@ def _check_together(config: ConfigDict) -> None:
     raise UserError(
       f'config.optim.warmup_steps={optim.warmup_steps} and decay_steps={optim.decay_steps} do not '
       f'fit into config.total_steps={config.total_steps}'
+    )
+  if config.keep.rows and config.scope != 'global':
+    raise UserError(
+      f"config.keep.rows={config.keep.rows} needs all weights first: use scope='global', not "
+      f'{config.scope!r}'
     )
   if config.target.domain:
     if config.target.read == 'gradient' and (config.keep.rows or config.scope == 'online'):
@@ -303,17 +317,24 @@ def read(workdir: str | os.PathLike) -> ConfigDict:
     UserError: not a run directory, or an unreadable `config.json`.
   """
   path = Path(workdir) / 'config.json'
-  if not path.is_file():
+  if not os.path.isfile(path):
     raise UserError(f'{workdir} is not a run directory: it has no config.json')
   defaults = common.base_config().to_dict() | {'w': {}}  # the run's own, whatever they are
-  return ConfigDict(_filled(defaults, _with_tuples(files.read_json(path))))
+  filled = _filled(defaults, _with_tuples(files.read_json(path)), path)
+  try:
+    return ConfigDict(filled)
+  except (ValueError, AttributeError) as e:  # a name that no key can have
+    raise UserError(f'{path} is damaged ({one_line(e)}); restore it from a copy') from e
 
 
-def _filled(defaults: Mapping, stored: Mapping) -> dict:
-  both = {
-    k: v for k, v in stored.items() if isinstance(v, dict) and isinstance(defaults.get(k), dict)
-  }
-  return {**defaults, **stored, **{k: _filled(defaults[k], v) for k, v in both.items()}}
+def _filled(defaults: Mapping, stored: Any, path: Path) -> dict:
+  if not isinstance(stored, dict):
+    raise UserError(
+      f'{path} is damaged: {stored!r:.40} stands where a group of keys belongs; restore it from a '
+      'copy'
+    )
+  groups = {k: v for k, v in stored.items() if isinstance(defaults.get(k), dict)}
+  return {**defaults, **stored, **{k: _filled(defaults[k], v, path) for k, v in groups.items()}}
 
 
 def write(workdir: str | os.PathLike, config: Mapping) -> None:
@@ -327,9 +348,11 @@ def check_same_run(workdir: str | os.PathLike, config: Mapping) -> None:
   Differences in HARMLESS keys are fine.
 
   Raises:
-    UserError: says what differs, there and here.
+    UserError: says what differs, there and here; or no directory can have this name.
   """
-  if not (Path(workdir) / 'config.json').is_file():
+  if long := [part for part in Path(workdir).parts if len(os.fsencode(part)) > 255]:
+    raise UserError(f'--workdir: {long[0][:40]}... is longer than 255 bytes; choose a shorter name')
+  if not os.path.isfile(Path(workdir) / 'config.json'):
     return
   changes = {k: v for k, v in diff(read(workdir), config).items() if not is_harmless(k)}
   if not changes:

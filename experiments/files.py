@@ -72,7 +72,7 @@ def read_json(path: str | os.PathLike) -> Any:
     return json.loads(Path(path).read_text(encoding='utf-8'))
   except OSError as e:
     raise UserError(f'cannot read {path}: {e.strerror}') from e
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise UserError(f'{path} is not valid JSON ({e}); delete it or restore it from a copy') from e
 
 
@@ -105,14 +105,14 @@ def exclusive(folder: str | os.PathLike) -> Iterator[None]:
   Raises:
     UserError: another process holds it, or it cannot be written.
   """
-  try:
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    Path(folder, '.lock').touch()
-  except OSError as e:
-    raise UserError(
-      f'cannot write into {folder}: {e.strerror}; choose a --workdir that you can write to'
-    ) from e
-  with Path(folder, '.lock').open('w') as file:
+  with contextlib.ExitStack() as stack:
+    try:
+      Path(folder).mkdir(parents=True, exist_ok=True)
+      file = stack.enter_context(Path(folder, '.lock').open('w'))
+    except OSError as e:
+      raise UserError(
+        f'{folder} cannot be a run directory ({e.strerror}); choose another --workdir'
+      ) from e
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""The record of a run: JSON lines that survive a kill, TensorBoard beside them, a progress bar.
+"""The record of a run: JSON lines that survive a kill, TensorBoard and W&B, a progress bar.
 
 `metrics.jsonl` is the truth; everything else can be rebuilt from it. Only the primary process
 writes.
@@ -18,6 +18,7 @@ from typing import Any
 
 from experiments import files
 from experiments.errors import UserError
+from experiments.wandb_sink import WandbSink
 
 
 class JsonlFile:
@@ -65,11 +66,16 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
   records = []
   for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn, or empty
     try:
-      records.append(json.loads(line))
-    except ValueError as e:
+      record = json.loads(line)
+      if not isinstance(record, dict) or not isinstance(record.get('step'), int):
+        raise ValueError('no step')
+    except (ValueError, RecursionError) as e:
       if number == len(lines) - 1:
         break
-      raise UserError(f'{path}, line {number} is not JSON; delete that line and run again') from e
+      raise UserError(
+        f'{path}, line {number} is not JSON with a step; delete that line and run again'
+      ) from e
+    records.append(record)
   return records
 
 
@@ -80,14 +86,15 @@ def _cut_back(path: Path, last_step: int) -> None:
 
 
 class MetricWriter:
-  """Writes a run's `metrics.jsonl` and, if asked to, TensorBoard scalars under `tensorboard/`.
+  """Writes a run's `metrics.jsonl` and, if asked to, sends its scalars to TensorBoard and W&B.
 
   To be exact on resume, write the lines of a step before saving the checkpoint of that step.
 
   Args:
     workdir: the run directory.
     resume_step: the step of the restored checkpoint; later lines go. None starts a new record.
-    tensorboard: whether to write TensorBoard events as well.
+    tensorboard: whether to write TensorBoard events, under `tensorboard/`.
+    wandb: a project of Weights & Biases, or ''.
     primary: other processes pass False and write nothing.
   """
 
@@ -97,14 +104,17 @@ class MetricWriter:
     *,
     resume_step: int | None = None,
     tensorboard: bool = True,
+    wandb: str = '',
     primary: bool = True,
   ):
-    self._lines = self._events = None
+    self._lines = self._events = self._wandb = None
     if not primary:
       return
     self._lines = JsonlFile(Path(workdir) / 'metrics.jsonl', resume_step=resume_step)
     if tensorboard:
       self._events = _event_writer(Path(workdir) / 'tensorboard', resume_step)
+    if wandb:
+      self._wandb = WandbSink(wandb, Path(workdir))
 
   def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
     """Appends {'kind': kind, 'step': step, **values}; wall-clock values belong under 'wall'."""
@@ -115,9 +125,11 @@ class MetricWriter:
     if self._events is not None:
       for name, value in scalars(values):
         self._events.add_scalar(f'{kind}/{name}', value, step)
+    if self._wandb is not None:
+      self._wandb.write(step, {f'{kind}/{name}': value for name, value in scalars(values)})
 
   def close(self) -> None:
-    for sink in (self._lines, self._events):
+    for sink in (self._lines, self._events, self._wandb):
       if sink is not None:
         sink.close()
 

@@ -188,7 +188,7 @@ def make_mixture(config: Any, run: Context) -> mixtures.Mixture | None:
     arguments.setdefault('smoothing', 0.0)
   try:
     return METHODS[name](run, **arguments)
-  except (TypeError, ValueError) as error:
+  except (TypeError, ValueError, ArithmeticError) as error:
     raise UserError(f'config.mixture.args of {name!r}: {config_lib.one_line(error)}') from error
 
 

@@ -13,6 +13,7 @@ from absl import flags
 
 from experiments import cli
 from experiments import config as config_lib
+from experiments.config_rules import is_text
 from experiments.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -85,6 +86,10 @@ def sample(
     raise UserError(f'--temperature={temperature}: must be at least 0, such as 0.8')
   if top_k < 0:
     raise UserError(f'--top_k={top_k}: must be at least 0, which chooses among all tokens')
+  if not is_text(prompt):
+    raise UserError(f'--prompt={prompt!r}: must be UTF-8 text without NUL')
+  if not 0 <= seed < 2**31:
+    raise UserError(f'--seed={seed}: must be at least 0 and below 2147483648')
   config = config_lib.read(workdir)
 
   import dataclasses

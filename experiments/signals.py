@@ -45,7 +45,7 @@ def make_weighting(config: Any, *, num_groups: int = 1, num_examples: int = 1) -
   specs = {name: _filled_in(spec, sizes) for name, spec in config.w.to_dict().items()}
   try:
     return jaxrw.from_config(config.weighting, specs)
-  except ValueError as error:
+  except (ValueError, OverflowError) as error:
     raise UserError(f'config.{config_lib.one_line(error)}') from error
 
 
@@ -71,6 +71,11 @@ def check_signals(
   Raises:
     UserError: it needs a signal that nothing in the config provides.
   """
+  if config.scope == 'online' and weighting.log_weights is None:
+    raise UserError(
+      "config.scope='online' is for weightings of the softmax type (kl_dro, linupper_stale and "
+      "their chains): use scope='global'"
+    )
   shape = (config.batch_size, config.data.seq_len)
   rows = jax.ShapeDtypeStruct(shape[:1], 'int32')
   tokens = jax.ShapeDtypeStruct(shape, 'float32')
@@ -88,7 +93,7 @@ def check_signals(
   try:
     state = jax.eval_shape(weighting.init)
     jax.eval_shape(weighting.update, tokens, state, **told, step=step, key=key)
-  except (TypeError, ValueError) as error:
+  except (TypeError, ValueError, OverflowError) as error:
     message = config_lib.one_line(error)
     hint = next((fix for name, fix in FIXES.items() if f"'{name}'" in message), '')
     known = ', '.join([*told, 'step', 'key'])

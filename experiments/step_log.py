@@ -36,15 +36,19 @@ class StepLog:
     self._pending: tuple[int, Any, Sequence[int] | None] | None = None
     self._tokens_per_step = config.batch_size * corpus.seq_len
     resume = start or None
-    self._metrics = metrics.MetricWriter(
-      workdir, resume_step=resume, tensorboard=config.log.tensorboard, primary=primary
-    )
     self._examples = None
     if primary and config.log.examples_every:
       self._examples = metrics.JsonlFile(workdir / 'examples.jsonl', resume_step=resume)
     self._ledger = None
     if primary and config.log.ledger:
       self._ledger = ledger.Ledger(workdir / 'ledger', corpus, resume_step=start)
+    self._metrics = metrics.MetricWriter(  # last, because it starts threads
+      workdir,
+      resume_step=resume,
+      tensorboard=config.log.tensorboard,
+      wandb=config.log.wandb,
+      primary=primary,
+    )
     chip = hardware.chip(jax.devices()[0].device_kind)
     self._progress = metrics.Progress(
       config.total_steps,

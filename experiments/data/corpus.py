@@ -42,14 +42,15 @@ class Corpus:
       UserError: if the folder is not a complete corpus or its tokenizer is not the original one.
     """
     self.directory = Path(directory)
-    text = _read(self.directory / META)
-    self.meta: dict[str, Any] = json.loads(text)
-    self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
-    self.domains = tuple(self.meta['domains'])
-    self.seq_len = int(self.meta['seq_len'])
-    self.tokenizer = _checked_tokenizer(self.directory, self.meta['tokenizer'])
-    self._offsets = {split: self.offsets(split) for split in self.splits}
     self._sources: dict[str, Any] = {}  # opened when first read
+    with _damage_explained(self.directory):
+      text = (self.directory / META).read_text(encoding='utf-8')
+      self.meta: dict[str, Any] = json.loads(text)
+      self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+      self.domains = tuple(self.meta['domains'])
+      self.seq_len = int(self.meta['seq_len'])
+      self.tokenizer = _checked_tokenizer(self.directory, self.meta['tokenizer'])
+      self._offsets = {split: self.offsets(split) for split in self.splits}
 
   @property
   def splits(self) -> tuple[str, ...]:
@@ -122,14 +123,26 @@ class Corpus:
       'text': self.tokenizer.decode(record['tokens'][: int(record['length']) + 1]),
     }
 
+  def check(self) -> None:
+    """Reads the ends of every split, where a file that is missing or cut short shows.
+
+    Raises:
+      UserError: the stored blocks are damaged.
+    """
+    for split in self.splits:
+      size = int(self.sizes(split).sum())
+      with _damage_explained(self.directory):
+        if len(self._source(split)) != size:
+          raise ValueError(f'{split} has {len(self._source(split))} blocks, {META} says {size}')
+      if size:
+        self.rows(split, [0, size - 1])
+
   def _records(self, split: str, ids: list[int]) -> list[dict[str, Any]]:
-    try:
-      return self._source(split).__getitems__(ids)
-    except (RuntimeError, OSError, ValueError) as error:  # what array_record raises for bad bytes
-      raise UserError(
-        f'the prepared data in {self.directory} are damaged ({str(error).splitlines()[0]}); '
-        'delete that folder and they are prepared again'
-      ) from error
+    with _damage_explained(self.directory):
+      records = self._source(split).__getitems__(ids)
+      if any(record['tokens'].shape != (self.seq_len + 1,) for record in records):
+        raise ValueError(f'blocks of {split} are not of length {self.seq_len}')
+      return records
 
   def _source(self, split: str) -> Any:
     if split not in self._sources:
@@ -165,6 +178,7 @@ def open_corpus(data_config: Any) -> Corpus:
 
         builders.prepare(source, data_config, directory)
   corpus = Corpus(directory)
+  corpus.check()
   if max(corpus.sizes(split).sum() for split in corpus.splits) > _MAX_BLOCKS:
     raise UserError(f'{directory} has more than {_MAX_BLOCKS:,} blocks; raise data.seq_len')
   return corpus
@@ -182,7 +196,7 @@ def _folder_name(source: readers.Source, tokenizer: str, data_config: Any) -> st
       [data_config.text_key, data_config.weight_key],
     ]
   )
-  label = re.sub(r'\W+', '_', source.label)
+  label = re.sub(r'\W+', '_', source.label)[:80]  # a file's name can have 255 bytes
   return f'{label}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}'
 
 
@@ -225,10 +239,16 @@ def _checked_tokenizer(directory: Path, stored: dict[str, Any]) -> tokenizers.To
   return tokenizer
 
 
-def _read(path: Path) -> str:
+@contextlib.contextmanager
+def _damage_explained(directory: Path) -> Iterator[None]:
+  """Turns what bad bytes lead to, which may be any exception of TFDS, into one line."""
   try:
-    return path.read_text(encoding='utf-8')
-  except OSError as error:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
     raise UserError(
-      f'{path.parent} is not a prepared corpus ({error.strerror}: {path.name}); delete that folder'
+      f'the prepared data in {directory} are damaged ({reason}); '
+      'delete that folder and they are prepared again'
     ) from error

@@ -27,6 +27,7 @@ from jaxrw.mixtures import Planner
 
 SUFFIX = '.json'
 EXCEPT = ' except '
+_ANY = 2.0**53  # a weight that may still be added to others
 _SUM_ERROR = 1e-3  # published weights are rounded
 _REPEATED_ALIKE = 2.0  # epochs that differ by less than this factor
 
@@ -179,13 +180,15 @@ def read_file(path: str, corpus: Corpus) -> np.ndarray:
   if not isinstance(shares, Mapping) or not shares:
     raise UserError(f'{path} is not a mixture file: it has no weights by domain name')
   for name, share in shares.items():
-    number = isinstance(share, (int, float)) and not isinstance(share, bool)
-    if not number or not 0 <= share < np.inf:
-      raise UserError(f'{path}: the weight of {name!r} is {share!r}; it must be at least 0')
+    if not _is_number(share) or not 0 <= share < _ANY:
+      raise UserError(f'{path}: the weight of {name!r} is {share!r:.40}; it must be at least 0')
   total = sum(shares.values())
   if abs(total - 1) > _SUM_ERROR:
     raise UserError(f'{path}: the weights sum to {total:.6g}; they must sum to 1')
-  _check_tokenizer(path, stored.get('corpus', {}).get('tokenizer'), corpus)
+  for name, epochs in _section(path, stored, 'epochs').items():
+    if not _is_number(epochs):
+      raise UserError(f'{path}: the epochs of {name!r} are {epochs!r:.40}; write a number')
+  _check_tokenizer(path, _section(path, _section(path, stored, 'corpus'), 'tokenizer'), corpus)
   for name in shares:
     if name not in corpus.domains:
       raise UserError(
@@ -203,10 +206,21 @@ def read_file(path: str, corpus: Corpus) -> np.ndarray:
   return weights / weights.sum()
 
 
-def _check_tokenizer(path: str, made_with: Mapping[str, str] | None, corpus: Corpus) -> None:
+def _is_number(value: Any) -> bool:
+  return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _section(path: str, stored: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+  found = stored.get(name, {})
+  if not isinstance(found, Mapping):
+    raise UserError(f'{path}: {name} is {found!r:.40}; it must be an object, or left out')
+  return found
+
+
+def _check_tokenizer(path: str, made_with: Mapping[str, str], corpus: Corpus) -> None:
   here = corpus.meta['tokenizer']
   label = lambda t: f'{t.get("name")!r} ({str(t.get("sha256"))[:12]})'
-  if made_with is not None and made_with.get('sha256') != here['sha256']:
+  if made_with and made_with.get('sha256') != here['sha256']:
     raise UserError(
       f'{path} was made with the tokenizer {label(made_with)}, here it is {label(here)}: shares '
       'count blocks of tokens, so make them again with this one, or name the shares you want: '

@@ -123,7 +123,9 @@ def domain_batch(
     UserError: there is no such domain.
   """
   if domain not in corpus.domains:
-    raise UserError(f'no domain {domain!r}; {readers.known_domains(domain, corpus.domains)}')
+    raise UserError(
+      f'config.target.domain: no domain {domain!r}; {readers.known_domains(domain, corpus.domains)}'
+    )
   index = corpus.domains.index(domain)
   size = int(corpus.sizes(split)[index])
   count = min(size, blocks)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.data import text_files
 from experiments.errors import UserError
 
 _CHUNK = 256  # records read at a time
@@ -44,8 +45,8 @@ class PreparedDataset:
     """SHA-256 of every file of the dataset, with its name."""
     digest = hashlib.sha256()
     for path in sorted(self.builder.data_path.iterdir()):
-      with path.open('rb') as file:
-        digest.update(f'{path.name} {hashlib.file_digest(file, "sha256").hexdigest()}\n'.encode())
+      if path.is_file():
+        digest.update(f'{path.name} {text_files.digest(path)}\n'.encode())
     return digest.hexdigest()
 
   def records(self, domain: str, split: str) -> Iterator[tuple[str, str, Any]]:
@@ -84,10 +85,12 @@ class PreparedDataset:
         f"data.name='{self.builder.name}' is not stored as array_record; prepare it again with "
         "file_format='array_record'"
       ) from error
-    except (RuntimeError, OSError, ValueError) as error:  # what array_record raises for bad bytes
+    except UserError:
+      raise
+    except Exception as error:  # for bad bytes, TFDS raises anything
+      reason = next(iter(str(error).splitlines()), type(error).__name__)
       raise UserError(
-        f'{self.builder.data_path} cannot be read ({str(error).splitlines()[0]}); '
-        'prepare the dataset again'
+        f'{self.builder.data_path} cannot be read ({reason}); prepare the dataset again'
       ) from error
 
   def _weight(self, record: dict[str, Any], where: str) -> float | np.ndarray | None:

@@ -11,8 +11,6 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.config_rules import is_text
 from experiments.data import embedded, text_files
 from experiments.data.text import pieces, unit_hash
 from experiments.errors import UserError
 
 SPLITS = ('train', 'validation', 'test')
+MAX_NAME = 200  # characters of a domain's name
 HELD_OUT = 0.05  # share of the parents that become validation data where no split says so
 
 _FILE = re.compile(
@@ -36,6 +36,7 @@ _NOT_DOMAINS = (
   'stats',
   '.',
 )  # prefixes of files and folders that a data folder may hold beside
+_MAX_WEIGHT = float(np.finfo(np.float32).max)
 _EXPECTED = 'expected {domain}.{train|validation|test}.jsonl[.gz|.zst] or .txt, or {domain}/*.txt'
 
 
@@ -108,7 +109,7 @@ def folder_source(data_config: Any) -> Source:
   its parents (else of its documents), chosen by a hash of the name, are held out.
   """
   root = Path(os.path.expanduser(data_config.path))
-  if not data_config.path or not root.is_dir():
+  if not data_config.path or not os.path.isdir(root):
     raise UserError(
       f"data.path='{data_config.path}' is not a folder; give the folder of the corpus "
       '(--config.data.path=DIR)'
@@ -175,7 +176,8 @@ def select_domains(available: Sequence[str], data_config: Any) -> tuple[str, ...
   """`data_config.domains` checked against what there is; all of it when empty.
 
   Raises:
-    UserError: for an unknown or repeated name, with the nearest known one.
+    UserError: for an unknown or repeated name, with the nearest known one, and for one in the data
+      that cannot be printed.
   """
   wanted = tuple(data_config.domains)
   for name in wanted:
@@ -183,6 +185,12 @@ def select_domains(available: Sequence[str], data_config: Any) -> tuple[str, ...
       raise UserError(f"data.domains: no domain '{name}'; {known_domains(name, available)}")
   if len(set(wanted)) < len(wanted):
     raise UserError(f'data.domains={wanted} names a domain twice; name each once')
+  for name in wanted or available:
+    if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+      raise UserError(
+        f'the domain {name[:MAX_NAME]!r} needs a name of 1 to {MAX_NAME} printable characters; '
+        'rename it in the data'
+      )
   return wanted or tuple(available)
 
 
@@ -205,8 +213,10 @@ def check_weight(value: Any, where: str) -> float | np.ndarray | None:
   for number in numbers:
     if isinstance(number, bool) or not isinstance(number, (int, float)):
       raise UserError(f'{where}: weight {number!r} is not a number; write a number such as 1.0')
-    if not math.isfinite(number) or number < 0:
-      raise UserError(f'{where}: weight {number!r} must be finite and not negative; fix or drop it')
+    if not 0 <= number <= _MAX_WEIGHT:
+      raise UserError(
+        f'{where}: weight {number!r:.40} must be finite and not negative; fix or drop it'
+      )
   return np.asarray(value, np.float32) if isinstance(value, list) else float(value)
 
 
@@ -253,7 +263,13 @@ def _held_out_order(parent: str) -> float:
 def _corpus_files(root: Path) -> dict[tuple[str, str], list[Path]]:
   """The files of each (domain, split)."""
   found: dict[tuple[str, str], list[Path]] = {}
-  for path in sorted(root.iterdir()):
+  try:
+    paths_there = sorted(root.iterdir())
+  except OSError as error:
+    raise UserError(
+      f"data.path='{root}' cannot be read ({error.strerror}); give a folder that you can read"
+    ) from error
+  for path in paths_there:
     if path.name.startswith(_NOT_DOMAINS):
       continue
     match = _FILE.fullmatch(path.name)
@@ -265,6 +281,8 @@ def _corpus_files(root: Path) -> dict[tuple[str, str], list[Path]]:
       continue
     if key in found:  # most likely the same text twice, such as a file and its compressed copy
       raise UserError(f'{found[key][0]} and {paths[0]} hold the same domain and split; keep one')
+    for unprintable in (path for path in paths if not is_text(path.name)):
+      raise UserError(f'{root}: the file name {unprintable.name!r} is not UTF-8; rename it')
     found[key] = paths
   return found
 
@@ -274,12 +292,7 @@ def _read_jsonl(path: Path, domain: str, split: str, data_config: Any) -> Iterat
     if not line.strip():
       continue
     where = f'{path}, line {number}'
-    try:
-      record = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise text_files.bad_line(
-        path, number, f'not JSON ({error.msg}); each line must be one object'
-      ) from error
+    record = text_files.parse_json(line, path, number)
     key = data_config.text_key
     if not isinstance(record, dict) or not isinstance(record.get(key), str):
       raise UserError(
@@ -287,8 +300,11 @@ def _read_jsonl(path: Path, domain: str, split: str, data_config: Any) -> Iterat
       )
     text = _checked_text(record[key], where)
     weight = check_weight(record.get(data_config.weight_key), where)
-    name, parent = str(record.get('id', f'{path.name}:{number}')), record.get('parent')
-    yield Document(domain, split, name, text, weight, None if parent is None else str(parent))
+    name = _checked_text(str(record.get('id', f'{path.name}:{number}')), where)
+    parent = record.get('parent')
+    if parent is not None:
+      parent = _checked_text(str(parent), where)
+    yield Document(domain, split, name, text, weight, parent)
 
 
 def _read_text(path: Path, domain: str, split: str, data_config: Any) -> Iterator[Document]:
@@ -299,7 +315,7 @@ def _read_text(path: Path, domain: str, split: str, data_config: Any) -> Iterato
   """
   del data_config
   work = path.name if path.parent.name == domain else None
-  for i, piece in enumerate(pieces(''.join(text_files.lines(path)))):
+  for i, piece in enumerate(pieces(text_files.whole(path))):
     yield Document(domain, split, f'{path.name}#{i}', piece, parent=work)
 
 

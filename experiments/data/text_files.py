@@ -5,11 +5,18 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import io
+import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from experiments.errors import UserError
+
+MAX_LINE = 2**28  # bytes; a small archive can hold a line that no memory does
+MAX_TEXT = 2**31  # characters of a plain text, which is held as a whole
+_ZST_PART = 2**12  # compressed bytes at a time; they can stand for 32,768 times as many
 
 
 def lines(path: Path) -> Iterator[str]:
@@ -25,6 +32,21 @@ def lines(path: Path) -> Iterator[str]:
         ) from error
 
 
+def whole(path: Path) -> str:
+  """The text of a file.
+
+  Raises:
+    UserError: it cannot be read, or is longer than `MAX_TEXT`.
+  """
+  parts, size = [], 0
+  for line in lines(path):
+    parts.append(line)
+    size += len(line)
+    if size > MAX_TEXT:
+      raise UserError(f'{path}: longer than {MAX_TEXT:,} characters; divide it, or use .jsonl')
+  return ''.join(parts)
+
+
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
   """Turns the many ways a damaged file can fail into one line."""
@@ -36,6 +58,19 @@ def _explained(path: Path) -> Iterator[None]:
     raise UserError(f'{path} cannot be read ({error}); fetch or compress it again') from error
 
 
+def parse_json(line: str, path: Path, number: int) -> Any:
+  """What a line of JSON says.
+
+  Raises:
+    UserError: it is not JSON.
+  """
+  try:
+    return json.loads(line)
+  except (ValueError, RecursionError) as error:  # besides syntax: too many digits, too deep
+    reason = getattr(error, 'msg', error)
+    raise bad_line(path, number, f'not JSON ({reason}); each line must be one object') from error
+
+
 def bad_line(path: Path, number: int, message: str) -> UserError:
   """The error for a line; or for the archive, if that is damaged and the line a mere symptom."""
   with _explained(path):
@@ -45,19 +80,32 @@ def bad_line(path: Path, number: int, message: str) -> UserError:
 
 
 def _byte_lines(path: Path) -> Iterator[bytes]:
-  if path.suffix == '.gz':
-    with gzip.open(path, 'rb') as file:
-      yield from file
-  elif path.suffix == '.zst':
-    rest = b''
-    for chunk in _zst_chunks(path):
-      *whole, rest = (rest + chunk).split(b'\n')
-      yield from (line + b'\n' for line in whole)
-    if rest:
-      yield rest
-  else:
-    with path.open('rb') as file:
-      yield from file
+  openers = {'.gz': gzip.open, '.zst': lambda path: io.BufferedReader(_Parts(_zst_chunks(path)))}
+  with openers.get(path.suffix, lambda path: path.open('rb'))(path) as file:
+    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b''), start=1):
+      if len(line) > MAX_LINE:
+        raise UserError(f'{path}, line {number}: longer than {MAX_LINE:,} bytes; divide the text')
+      yield line
+
+
+class _Parts(io.RawIOBase):
+  """Bytes that come in parts, as a file."""
+
+  def __init__(self, parts: Iterator[bytes]):
+    self._parts, self._rest = parts, memoryview(b'')
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer: memoryview) -> int:
+    while not self._rest:
+      part = next(self._parts, None)
+      if part is None:
+        return 0
+      self._rest = memoryview(part)
+    size = min(len(buffer), len(self._rest))
+    buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+    return size
 
 
 def _zst_chunks(path: Path) -> Iterator[bytes]:
@@ -66,7 +114,7 @@ def _zst_chunks(path: Path) -> Iterator[bytes]:
 
   with path.open('rb') as file:
     frame = None
-    while data := file.read(1 << 20):
+    while data := file.read(_ZST_PART):
       while data:
         frame = frame or zstandard.ZstdDecompressor().decompressobj()
         try:
@@ -82,5 +130,5 @@ def _zst_chunks(path: Path) -> Iterator[bytes]:
 
 def digest(path: Path) -> str:
   """SHA-256 of a file's bytes."""
-  with path.open('rb') as file:
+  with _explained(path), path.open('rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -19,6 +19,7 @@ import numpy as np
 from experiments.errors import UserError
 
 FILE = 'tokenizer.json'  # name of a tokenizer saved with its data
+MAX_VOCAB = 2**24  # ids above it are a mistake, and tables by id would fill the memory
 _EOT_NAMES = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>', '<|im_end|>', '[SEP]')
 
 
@@ -83,6 +84,8 @@ class JsonTokenizer:
     self._tokenizer.encode_special_tokens = True  # text that spells a special token stays text
     vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
     size = max(vocabulary.values()) + 1
+    if size > MAX_VOCAB:
+      raise ValueError(f'it has the token id {size - 1}; ids must be below {MAX_VOCAB}')
     self.eot_id = next((vocabulary[e] for e in _EOT_NAMES if e in vocabulary), size)
     self.vocab_size = max(size, self.eot_id + 1)
     self.token_bytes = np.zeros(self.vocab_size, np.int32)
@@ -94,7 +97,13 @@ class JsonTokenizer:
     self.token_bytes[self.eot_id] = 0
 
   def encode(self, text: str) -> np.ndarray:
-    return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+    try:
+      return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+    except Exception as error:  # the package raises bare Exception for a missing unknown token
+      raise UserError(
+        f"data.tokenizer='{self.name}' cannot encode the text ({_first_line(error)}); "
+        'use a byte-level tokenizer'
+      ) from error
 
   def decode(self, ids: Iterable[int]) -> str:
     return self._tokenizer.decode(
@@ -144,8 +153,17 @@ def load_tokenizer(spec: str, train_texts: Callable[[], Iterable[str]] | None = 
 
 
 def load_saved(directory: str | os.PathLike, name: str) -> Tokenizer:
-  """Loads what `Tokenizer.save` wrote."""
-  return _from_definition(_read(Path(directory, FILE)), name)
+  """Loads what `Tokenizer.save` wrote.
+
+  Raises:
+    UserError: it is damaged.
+  """
+  try:
+    return _from_definition(Path(directory, FILE).read_text(encoding='utf-8'), name)
+  except (UserError, OSError, UnicodeDecodeError) as error:
+    raise UserError(
+      f'{Path(directory, FILE)} is damaged; delete that folder and the data are prepared again'
+    ) from error
 
 
 def _from_definition(definition: str, name: str) -> Tokenizer:

@@ -27,7 +27,7 @@ def test_every_rule_is_about_an_existing_key_and_most_keys_have_one():
   assert set(RULES) <= keys
   free = {k for k in keys - set(RULES) if not k.startswith('w.')}
   assert free == {
-    'seed', 'weighting', 'data.path', 'data.name', 'data.tfds_dir', 'data.root',
+    'weighting', 'data.path', 'data.name', 'data.tfds_dir', 'data.root',
     'data.text_key', 'data.domain_key', 'data.weight_key',
     'model.scan', 'log.tensorboard', 'log.progress',
     'log.ledger',
