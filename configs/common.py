@@ -123,6 +123,7 @@ def base_config() -> ConfigDict:
   config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
   # max_blocks counts per domain; 0 means all.
   config.eval = ConfigDict(dict(every=100, batch_size=32, max_blocks=64, split='validation'))
+  # init_from: a run, or a folder in the Hugging Face format; see docs/interchange.md.
   config.checkpoint = ConfigDict(dict(every=100, keep=2, init_from=''))
   # examples_every: how often each example's id, weight and loss are written; 0 means never.
   # ledger: the same of every step as Parquet for queries; see docs/ledger.md.

@@ -122,7 +122,9 @@ RULES = {
   'eval.split': Rule(bool, "the name of a split, such as 'validation'"),
   'checkpoint.every': at_least(1),
   'checkpoint.keep': at_least(1),
-  'checkpoint.init_from': Rule(lambda x: not x or Path(x).is_dir(), 'an existing run directory'),
+  'checkpoint.init_from': Rule(
+    lambda x: not x or Path(x).is_dir(), 'an existing run directory or Hugging Face folder'
+  ),
   'log.every': at_least(1),
   'log.examples_every': at_least(0),
 }
