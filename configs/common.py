@@ -37,11 +37,13 @@ def base_config() -> ConfigDict:
   config.data = ConfigDict(
     dict(
       source='embedded',  # text that the Python installation carries; or 'folder', 'tfds'
-      path='',  # folder: where {domain}.{split}.jsonl[.gz|.zst] or {domain}/*.txt live
+      # folder: where {domain}.{split}.jsonl[.gz|.zst] or {domain}/*.txt live, or shards
+      # {split}/**/*.jsonl[.gz|.zst] whose lines name their domains under domain_key
+      path='',
       name='',  # tfds: a prepared dataset, e.g. 'my_ds/config:1.0.0'
       tfds_dir='',
       text_key='text',
-      domain_key='domain',
+      domain_key='domain',  # dots go into nested objects: 'meta.redpajama_set_name'
       weight_key='weight',
       domains=(),  # a subset, by name; empty: all
       # or 'natural', 'uniform except qa+law', 'web=0.5,code=0.5', or a run's mixture.json

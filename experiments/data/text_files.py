@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from experiments.errors import UserError
 
@@ -34,6 +36,24 @@ def _explained(path: Path) -> Iterator[None]:
     raise
   except (OSError, EOFError, zlib.error) as error:  # gzip.BadGzipFile is an OSError
     raise UserError(f'{path} cannot be read ({error}); fetch or compress it again') from error
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+  """(number of the line, what it says) of a file of JSON lines; blank ones are left out.
+
+  Raises:
+    UserError: the file is damaged, or a line is not JSON.
+  """
+  for number, line in enumerate(lines(path), start=1):
+    if not line.strip():
+      continue
+    try:
+      value = json.loads(line)
+    except json.JSONDecodeError as error:
+      raise bad_line(
+        path, number, f'not JSON ({error.msg}); each line must be one object'
+      ) from error
+    yield number, value
 
 
 def bad_line(path: Path, number: int, message: str) -> UserError:
