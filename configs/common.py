@@ -37,11 +37,13 @@ def base_config() -> ConfigDict:
   config.data = ConfigDict(
     dict(
       source='embedded',  # text that the Python installation carries; or 'folder', 'tfds'
-      path='',  # folder: where {domain}.{split}.jsonl[.gz|.zst] or {domain}/*.txt live
+      # folder: where {domain}.{split}.jsonl[.gz|.zst] or {domain}/*.txt live, or shards
+      # {split}/**/*.jsonl[.gz|.zst] whose lines name their domains under domain_key
+      path='',
       name='',  # tfds: a prepared dataset, e.g. 'my_ds/config:1.0.0'
       tfds_dir='',
       text_key='text',
-      domain_key='domain',
+      domain_key='domain',  # dots go into nested objects: 'meta.redpajama_set_name'
       weight_key='weight',
       domains=(),  # a subset, by name; empty: all
       # or 'natural', 'uniform except qa+law', 'web=0.5,code=0.5', or a run's mixture.json
@@ -124,7 +126,8 @@ def base_config() -> ConfigDict:
   # max_blocks counts per domain; 0 means all.
   config.eval = ConfigDict(dict(every=100, batch_size=32, max_blocks=64, split='validation'))
   # The `keep` newest checkpoints stay, those at multiples of keep_every (0: none) and the best, the
-  # one with the lowest macro_bpb, or another metric of the evaluation ('': none).
+  # one with the lowest macro_bpb, or another metric of the evaluation ('': none). init_from: a run,
+  # or a folder in the Hugging Face format; see docs/interchange.md.
   config.checkpoint = ConfigDict(dict(every=100, keep=2, keep_every=0, best='', init_from=''))
   # examples_every: how often each example's id, weight and loss are written; 0 means never.
   # ledger: the same of every step as Parquet for queries; see docs/ledger.md.

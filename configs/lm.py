@@ -7,7 +7,9 @@ Cost:     by default 1M tokens through 0.3M parameters: minutes on two CPU cores
           steps x batch x length x layers x width^2. `quick` takes four tiny steps.
 Expected: bits per byte of each domain below its byte-bigram floor after about 1M tokens.
 
-The folder holds `{domain}.{split}.jsonl[.gz|.zst]` with a `text` field, or `{domain}/*.txt`.
+The folder holds `{domain}.{split}.jsonl[.gz|.zst]` with a `text` field, or `{domain}/*.txt`, or
+shards `{split}/**/*.jsonl[.gz|.zst]` of lines that name their domain: SlimPajama is read as it is
+with `--config.data.domain_key=meta.redpajama_set_name`.
 Switches: source, path, name, tokenizer, length, layers, heads, width, batch, steps, lr, burn_in,
 weighting (uniform, linupper:0.4, row_shuffled:linupper:0.4, ...), mixture
 (dga:rate=1:every=50:target=qa, odm, ...), seed, quick. `path` and `name`

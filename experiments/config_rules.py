@@ -157,7 +157,9 @@ RULES = {
   'checkpoint.keep': count(1),
   'checkpoint.keep_every': count(0),
   'checkpoint.best': Rule(lambda x: not x or x in METRICS, f"'' or one of {', '.join(METRICS)}"),
-  'checkpoint.init_from': RUN,
+  'checkpoint.init_from': Rule(
+    lambda x: not x or os.path.isdir(x), 'an existing run directory or Hugging Face folder'
+  ),
   'log.every': count(1),
   'log.examples_every': count(0),
   'log.wandb': WANDB,

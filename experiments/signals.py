@@ -148,12 +148,7 @@ def reference_model(
       )
   vocab_size = theirs.model.vocab_size or model.vocab_size
   reference = models.from_config(theirs.model, vocab_size=vocab_size, seq_len=config.data.seq_len)
-  shapes = jax.eval_shape(lambda: lm.init(jax.random.key(0), reference))
-  shardings = mesh_lib.tree_shardings(shapes, mesh, reference.sharding_rules)
-  abstract = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-  )
-  return reference, checkpoints.restore_params(path, abstract)
+  return reference, checkpoints.restore_params(path, lm.abstract(reference, mesh))
 
 
 def represent(hidden: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:

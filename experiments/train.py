@@ -32,7 +32,7 @@ from experiments.data import pipeline
 from experiments.domain_reader import DomainReader, make_reader
 from experiments.errors import StoppedError, UserError
 from experiments.evaluators import language
-from experiments.models import lm
+from experiments.models import hf, lm
 from experiments.step_log import StepLog
 from experiments.stopping import StopRequest
 
@@ -374,12 +374,14 @@ def resume_or_start(
     say(f'resuming after step {step}')
     return state, step
   state = run.init()
-  if run.config.checkpoint.init_from:
-    params = checkpoints_lib.restore_params(
-      run.config.checkpoint.init_from, run.abstract_state.params
-    )
+  if source := run.config.checkpoint.init_from:
+    state = state._replace(params=None)  # so that there are never two sets of parameters
+    if hf.is_folder(source):
+      params = hf.load(source, run.model, run.abstract_state.params)
+    else:
+      params = checkpoints_lib.restore_params(source, run.abstract_state.params)
     state = state._replace(params=params)
-    say(f'parameters from {run.config.checkpoint.init_from}')
+    say(f'parameters from {source}')
   return state, 0
 
 

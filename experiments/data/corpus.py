@@ -170,7 +170,7 @@ def open_corpus(data_config: Any) -> Corpus:
     raise UserError(f'data.seq_len={data_config.seq_len} must be at least 1')
   tokenizer = tokenizers.identify(data_config.tokenizer)
   source = readers.open_source(data_config)
-  directory = _root(data_config) / _folder_name(source, tokenizer, data_config)
+  directory = readers.data_root(data_config) / _folder_name(source, tokenizer, data_config)
   if not directory.is_dir():
     with _lock(directory):
       if not directory.is_dir():  # nobody was faster
@@ -198,18 +198,6 @@ def _folder_name(source: readers.Source, tokenizer: str, data_config: Any) -> st
   )
   label = re.sub(r'\W+', '_', source.label)[:80]  # a file's name can have 255 bytes
   return f'{label}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}'
-
-
-def _root(data_config: Any) -> Path:
-  root = data_config.root or os.environ.get('JAXRW_DATA') or '~/.cache/jaxrw'
-  path = Path(os.path.expanduser(root))
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(
-      f"data.root='{path}' cannot be used ({error}); set it to a folder you can write to"
-    ) from error
-  return path
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.config_rules import is_text
-from experiments.data import embedded, text_files
+from experiments.data import embedded, shards, text_files
 from experiments.data.text import pieces, unit_hash
 from experiments.errors import UserError
 
@@ -37,7 +37,10 @@ _NOT_DOMAINS = (
   '.',
 )  # prefixes of files and folders that a data folder may hold beside
 _MAX_WEIGHT = float(np.finfo(np.float32).max)
-_EXPECTED = 'expected {domain}.{train|validation|test}.jsonl[.gz|.zst] or .txt, or {domain}/*.txt'
+_EXPECTED = (
+  'expected {domain}.{train|validation|test}.jsonl[.gz|.zst] or .txt, {domain}/*.txt, or shards '
+  'train/*.jsonl[.gz|.zst]'
+)
 
 
 class Document(NamedTuple):
@@ -104,6 +107,9 @@ def embedded_source(data_config: Any) -> Source:
 def folder_source(data_config: Any) -> Source:
   """A folder of `{domain}.{split}.jsonl[.gz|.zst]`, `{domain}.{split}.txt` or `{domain}/*.txt`.
 
+  Or of shards, `{split}/**/*.jsonl[.gz|.zst]`, whose lines name their domains under
+  `data_config.domain_key`; see `experiments.data.shards`.
+
   A JSON line needs the text key and may have `id`, `parent` and the weight key. Long plain texts
   are cut into documents at ends of paragraphs. Where a domain has no validation file, about 5% of
   its parents (else of its documents), chosen by a hash of the name, are held out.
@@ -114,7 +120,12 @@ def folder_source(data_config: Any) -> Source:
       f"data.path='{data_config.path}' is not a folder; give the folder of the corpus "
       '(--config.data.path=DIR)'
     )
-  parts = _corpus_files(root)
+  parts, digest_of = _corpus_files(root), text_files.digest
+  sharded = not parts
+  if sharded:
+    parts, digests = shards.scan(root, SPLITS, data_config.domain_key, data_root(data_config))
+    digest_of = digests.__getitem__
+  name_of = lambda path: path.relative_to(root).as_posix() if sharded else path.name
   if not parts:
     found = ', '.join(sorted(path.name for path in root.iterdir())[:5]) or 'nothing'
     raise UserError(f"data.path='{root}' holds no corpus: {_EXPECTED}; found {found}")
@@ -128,8 +139,11 @@ def folder_source(data_config: Any) -> Source:
 
   def read(domain: str, split: str) -> Iterator[Document]:
     for path in parts.get((domain, split), ()):
-      read_file = _read_jsonl if '.jsonl' in path.name else _read_text
-      yield from read_file(path, domain, split, data_config)
+      if sharded:
+        yield from _read_jsonl(path, domain, split, data_config, name_of(path))
+      else:
+        read_file = _read_jsonl if '.jsonl' in path.name else _read_text
+        yield from read_file(path, domain, split, data_config)
 
   held_out = _with_held_out(functools.partial(read, split='train'))
 
@@ -139,7 +153,7 @@ def folder_source(data_config: Any) -> Source:
     return held_out(domain, split)
 
   digest = _digest(
-    f'{domain}\0{split}\0{path.name}\0{text_files.digest(path)}'
+    f'{domain}\0{split}\0{name_of(path)}\0{digest_of(path)}'
     for domain in domains
     for split in SPLITS
     for path in parts.get((domain, split), ())
@@ -170,6 +184,19 @@ def tfds_source(data_config: Any) -> Source:
   splits = tuple(s for s in SPLITS if s in dataset.splits or s == 'validation')
   documents = read if own_validation else lambda d, s: (read if s == 'test' else held_out)(d, s)
   return Source(dataset.label, domains, splits, dataset.fingerprint, documents)
+
+
+def data_root(data_config: Any) -> Path:
+  """The folder that holds prepared data, made if it is not there; see `open_corpus`."""
+  root = data_config.root or os.environ.get('JAXRW_DATA') or '~/.cache/jaxrw'
+  path = Path(os.path.expanduser(root))
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(
+      f"data.root='{path}' cannot be used ({error}); set it to a folder you can write to"
+    ) from error
+  return path
 
 
 def select_domains(available: Sequence[str], data_config: Any) -> tuple[str, ...]:
@@ -287,12 +314,14 @@ def _corpus_files(root: Path) -> dict[tuple[str, str], list[Path]]:
   return found
 
 
-def _read_jsonl(path: Path, domain: str, split: str, data_config: Any) -> Iterator[Document]:
-  for number, line in enumerate(text_files.lines(path), start=1):
-    if not line.strip():
-      continue
+def _read_jsonl(
+  path: Path, domain: str, split: str, data_config: Any, shard: str = ''
+) -> Iterator[Document]:
+  """The documents of a file; of a `shard`, which is then its name, those of the domain."""
+  for number, record in text_files.json_lines(path):
     where = f'{path}, line {number}'
-    record = text_files.parse_json(line, path, number)
+    if shard and shards.domain_of(record, data_config.domain_key, where) != domain:
+      continue
     key = data_config.text_key
     if not isinstance(record, dict) or not isinstance(record.get(key), str):
       raise UserError(
@@ -300,7 +329,7 @@ def _read_jsonl(path: Path, domain: str, split: str, data_config: Any) -> Iterat
       )
     text = _checked_text(record[key], where)
     weight = check_weight(record.get(data_config.weight_key), where)
-    name = _checked_text(str(record.get('id', f'{path.name}:{number}')), where)
+    name = _checked_text(str(record.get('id', f'{shard or path.name}:{number}')), where)
     parent = record.get('parent')
     if parent is not None:
       parent = _checked_text(str(parent), where)

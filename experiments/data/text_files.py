@@ -71,6 +71,17 @@ def parse_json(line: str, path: Path, number: int) -> Any:
     raise bad_line(path, number, f'not JSON ({reason}); each line must be one object') from error
 
 
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+  """(number of the line, what it says) of a file of JSON lines; blank ones are left out.
+
+  Raises:
+    UserError: the file is damaged, or a line is not JSON.
+  """
+  for number, line in enumerate(lines(path), start=1):
+    if line.strip():
+      yield number, parse_json(line, path, number)
+
+
 def bad_line(path: Path, number: int, message: str) -> UserError:
   """The error for a line; or for the archive, if that is damaged and the line a mere symptom."""
   with _explained(path):

@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from experiments.errors import UserError
-from experiments.mesh import ROWS, Rules, pin_rows, row_shards
+from experiments.mesh import ROWS, Rules, pin_rows, row_shards, tree_shardings
 from jaxrw import gradients
 from jaxrw.gradients import Probe
 from jaxrw.losses import chunked_cross_entropy, cross_entropy
@@ -223,6 +223,13 @@ def init(key: jax.Array, cfg: ModelConfig) -> Params:
   arrays = lambda module, k: nnx.to_pure_dict(nnx.state(module(cfg, rngs=nnx.Rngs(k))))
   blocks = jax.vmap(functools.partial(arrays, cfg.block))(jax.random.split(blocks_key, cfg.n_layer))
   return {**arrays(cfg.ends, ends_key), 'blocks': blocks}
+
+
+def abstract(cfg: ModelConfig, mesh: Mesh) -> Params:
+  """The shapes, dtypes and shardings of what `init` returns, laid out over a mesh."""
+  shapes = jax.eval_shape(lambda: init(jax.random.key(0), cfg))
+  placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  return jax.tree.map(placed, shapes, tree_shardings(shapes, mesh, cfg.sharding_rules))
 
 
 def apply(
