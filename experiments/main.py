@@ -18,11 +18,15 @@ from pathlib import Path
 
 from absl import flags
 
+from configs import common
 from experiments import cli
 from experiments import config as config_lib
 from experiments.errors import UserError
 
 _CONFIG = cli.define_config()
+_ARM = flags.DEFINE_string(
+  'arm', '', "a weighting, and what else an arm of a comparison changes: 'linupper:1.0@keep.rows=8'"
+)
 _WORKDIR = flags.DEFINE_string('workdir', '', 'run directory; created, or resumed')
 _DRY_RUN = flags.DEFINE_bool(
   'dry_run', False, 'print config, parameters, memory, FLOPs and planned examples, and exit'
@@ -37,13 +41,17 @@ _PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'several processes: which o
 def main(_) -> None:
   if not (_WORKDIR.value or _DRY_RUN.value):
     raise UserError('--workdir is missing: try --workdir=runs/first')
+  config = _CONFIG.value
+  overrides, spec = cli.config_origin()
+  if _ARM.value:
+    common.set_arm(config, _ARM.value)
+    config_lib.check(config)
+    spec = f'{spec} --arm={_ARM.value}'
   from experiments import mesh
 
   mesh.initialize_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   from experiments import train
 
-  config = _CONFIG.value
-  overrides, spec = cli.config_origin()
   train.say(config_lib.format_config(config, overrides, spec))
   if _DRY_RUN.value:
     from experiments import dry_run
