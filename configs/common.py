@@ -317,16 +317,16 @@ def quick(config: ConfigDict) -> ConfigDict:
   return config
 
 
-# Sweeps. A unit maps flat keys of the config, and perhaps 'arm' (see `set_arm`), to values. A config
-# file's `sweep(add)` calls `add(**unit)` for each unit that `experiments.launch` is to run.
+# Sweeps. A unit maps flat keys of the config, and perhaps 'arm' (see `set_arm`), to values. The
+# `sweep(add)` of a config file calls `add(**unit)` for each unit that experiments.launch shall run.
 
 Unit = dict[str, Any]
 Sampler = Callable[[random.Random], Any]
 
 
 def grid(axes: Mapping[str, Iterable[Any]]) -> Iterator[Unit]:
-  """Every combination: {'optim.lr': (1e-3, 3e-3), 'arm': ('uniform', 'linupper:1.0')} is four units;
-  the last key moves fastest."""
+  """Every combination; the last key moves fastest. {'arm': ('uniform', 'upper'), 'seed': (0, 1)}
+  is four units."""
   for values in itertools.product(*axes.values()):
     yield dict(zip(axes, values))
 
@@ -367,7 +367,7 @@ def choice(*values: Any) -> Sampler:
 
 
 def seeds(units: Iterable[Unit], count: int, first: int = 0) -> Iterator[Unit]:
-  """Every unit on `count` seeds from `first` on; seeds outside, so that pairs are complete early."""
+  """Every unit on `count` seeds from `first` on; seeds outside, for pairs that are soon whole."""
   units = list(units)
   for seed in range(first, first + count):
     for unit in units:

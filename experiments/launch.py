@@ -25,7 +25,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -146,7 +145,7 @@ def print_tpu(sweep, units: Sequence, *, quiet: bool = False) -> None:
       capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
-      raise UserError(f'--on=tpu: {config_lib.one_line(Exception(done.stderr))}')
+      raise UserError(f'--on=tpu: {done.stderr.strip().removeprefix("error: ")}')
     if not quiet:
       print(done.stdout, end='')
 
@@ -155,7 +154,7 @@ def print_commands(sweep) -> None:
   """The commands of every unit: on this machine and, where a TPU is named, on that."""
   for unit in sweep.units:
     print(shlex.join(sweep.command(unit, python='python')))
-  if 'TPU_NAME' in os.environ:
+  if os.environ.get('TPU_NAME'):
     print_tpu(sweep, sweep.units)
   else:
     print('# for the commands of a TPU slice, set TPU_NAME and so on: see docs/launch.md')
@@ -178,7 +177,7 @@ def define_flags() -> None:
   cli.define_config()
   flags.DEFINE_string('sweep', None, "a grid, 'key=value,value ...'; default: the config's sweep")
   places = ('local', 'slurm', 'tpu', 'print')
-  flags.DEFINE_enum('on', 'local', places, "where; print: show the commands and run nothing")
+  flags.DEFINE_enum('on', 'local', places, 'where; print: show the commands and run nothing')
   flags.DEFINE_string('workdir', '', 'the directory of the sweep; the same one to continue')
   flags.DEFINE_string('metric', 'macro_bpb', 'what the table and the picture show')
   flags.DEFINE_integer('jobs', None, 'units at a time; default: 1, slurm: 100', lower_bound=1)

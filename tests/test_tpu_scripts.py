@@ -58,13 +58,15 @@ case $group/$verb in
     [[ $now == NONE ]] && { echo "ERROR: NOT_FOUND: no such resource" >&2; exit 1; }
     [[ $now == WAITING_FOR_RESOURCES ]] && echo ACTIVE >"$cloud/state"
     echo "$now" ;;
-  queued-resources/create) echo WAITING_FOR_RESOURCES >"$cloud/state"; mkdir -p "$cloud"/host{0,1} ;;
+  queued-resources/create)
+    echo WAITING_FOR_RESOURCES >"$cloud/state"
+    mkdir -p "$cloud"/host{0,1} ;;
   queued-resources/delete) rm -rf "$cloud/state" "$cloud"/host* ;;
   tpu-vm/describe) echo READY ;;
   tpu-vm/ssh)
     [[ $now == ACTIVE ]] || exit 255
     for host in "${hosts[@]}"; do
-      (cd "$cloud/host$host" && PATH="$cloud/host_bin:$PATH" HOST=$host bash -c "$command") &
+      (cd "$cloud/host$host" && PATH="$cloud/stubs:$PATH" HOST=$host bash -c "$command") &
     done
     for job in $(jobs -p); do wait "$job" || exit $?; done ;;
   tpu-vm/scp)
@@ -93,7 +95,7 @@ class Cloud:
     self.folder, self.work = folder / 'cloud', folder / 'work'
     self.work.mkdir()
     self._program('bin/gcloud', GCLOUD)
-    self._program('host_bin/python3', HOST_PYTHON)
+    self._program('stubs/python3', HOST_PYTHON)
 
   def _program(self, name: str, text: str) -> None:
     path = self.folder / name
@@ -208,7 +210,9 @@ def test_a_dry_run_prints_commands_and_calls_nothing(cloud):
   kinds = re.findall(r'^gcloud compute tpus \S+ (\S+)', done.stdout, re.M)
   assert kinds == 'describe create scp ssh ssh ssh ssh scp'.split()
   # What is printed is what a shell would run: the command arrives as it was given.
-  start = re.search(r"^gcloud [^\n]* '(--command=cd jaxrw && mkdir.*?)' --quiet$", done.stdout, re.S | re.M)
+  start = re.search(
+    r"^gcloud [^\n]* '(--command=cd jaxrw && mkdir.*?)' --quiet$", done.stdout, re.S | re.M
+  )
   assert 'print("it' in start[1]
 
 
@@ -220,14 +224,16 @@ def test_creation_is_tried_again_and_is_idempotent(cloud):
   assert cloud.kinds() == 'dcdcddd'
   assert cloud.run('delete.sh').returncode == 0
   assert cloud.run('delete.sh').returncode == 0
-  assert cloud.kinds() == 'dcdcddd' 'dDd' 'd'
+  assert cloud.kinds() == 'dcdcddddDdd'
 
 
 def test_creation_that_goes_on_failing_ends(cloud):
   cloud.fail('create', 99)
   done = cloud.run('create.sh', TPU_POLL='0')
   assert done.returncode == 2
-  assert done.stderr.splitlines()[-1] == 'error: mine could not be requested: gcloud says why, above'
+  assert (
+    done.stderr.splitlines()[-1] == 'error: mine could not be requested: gcloud says why, above'
+  )
   assert cloud.kinds().count('c') == 5
 
 
@@ -235,7 +241,7 @@ def test_creation_that_goes_on_failing_ends(cloud):
 def test_a_slice_that_is_gone_is_replaced(cloud, state):
   (cloud.folder / 'state').write_text(state)
   assert cloud.run('create.sh').returncode == 0
-  assert cloud.kinds() == 'd' 'dDd' 'dc' 'dd'
+  assert cloud.kinds() == 'ddDddcdd'
   assert '--force' in next(call for call in cloud.calls if ' delete ' in call)
 
 

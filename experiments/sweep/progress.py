@@ -93,11 +93,13 @@ class Progress:
       text += f'  {self._metric} {unit.run.value(self._metric):.4f}'
       text += '  (was finished)' * (before is None)
     elif state in ('failed', 'diverged'):
-      text += f'  {unit.last_line() or "no log"}  ({unit.job / "log.txt"})'
+      text += f'  {unit.last_words()}  ({unit.job / "log.txt"})'
     return text
 
   def _say(self, text: str) -> None:
-    tqdm.write(text, file=self._stream) if self._bars else print(text, file=self._stream, flush=True)
+    tqdm.write(text, file=self._stream) if self._bars else print(
+      text, file=self._stream, flush=True
+    )
 
   def _draw(self, running: Sequence[Unit], states: Mapping[str, str]) -> None:
     shown = {unit.name: unit for unit in running[:SHOWN]}

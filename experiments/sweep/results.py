@@ -104,9 +104,7 @@ def _fields(units: Sequence[Unit]) -> list[tuple[str, pa.DataType]]:
   }
   counted = {'steps': pa.int64(), 'tokens': pa.int64(), 'seconds': pa.float64()}
   measured = dict.fromkeys(_metrics(units), pa.float64())
-  return list(
-    {'unit': pa.string(), **changed, 'state': pa.string(), **counted, **measured}.items()
-  )
+  return list({'unit': pa.string(), **changed, 'state': pa.string(), **counted, **measured}.items())
 
 
 def _metrics(units: Iterable[Unit]) -> list[str]:

@@ -210,7 +210,7 @@ def gpu_shares(jobs: int, gpus: int) -> list[str | None]:
 
 @contextlib.contextmanager
 def _away_from_the_terminal():
-  """What is started inside does not hear Ctrl-C or the end of the terminal: it is told by `stop`."""
+  """What is started inside hears neither Ctrl-C nor the end of the terminal: `stop` tells it."""
   terminal = {signal.SIGINT, signal.SIGHUP}
   before = signal.pthread_sigmask(signal.SIG_BLOCK, terminal)
   try:

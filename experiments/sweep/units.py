@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,11 +65,14 @@ class Unit:
     path = self.job / 'status'
     return int(path.read_text()) if path.exists() else None
 
-  def last_line(self) -> str:
-    """The last line of its log; '' without one."""
-    path = self.job / 'log.txt'
-    lines = path.read_text(errors='replace').splitlines() if path.exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), '')
+  def last_words(self) -> str:
+    """The last line of its log, after what killed it if that was a signal."""
+    path, status = self.job / 'log.txt', self.status
+    lines = path.read_text(errors='replace').split('\n') if path.exists() else []
+    last = next((line.strip() for line in reversed(lines) if line.strip()), 'no log')
+    if status is None:
+      return f'killed; {last}'
+    return f'killed by {signal.Signals(-status).name}; {last}' if status < 0 else last
 
 
 @dataclasses.dataclass(frozen=True)

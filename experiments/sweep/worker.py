@@ -73,6 +73,8 @@ def run(
       lock.write(str(process.pid))
       lock.flush()
     status = process.wait()
+    if status == -signal.SIGTERM and received:  # told before it could listen, so nothing to save
+      status = StoppedError.exit_status
     if first:
       files.write_text(job / 'status', str(status))
   if first and status == StoppedError.exit_status and received & WARNINGS:
