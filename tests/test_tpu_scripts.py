@@ -305,3 +305,25 @@ def test_told_to_stop_before_there_is_a_slice(cloud):
   process.send_signal(signal.SIGTERM)
   process.communicate(timeout=60)
   assert process.returncode == 75
+
+
+def test_a_killed_script_leaves_the_command_and_the_next_one_waits_for_it(cloud):
+  process = cloud.start('train.sh', RUN, *trainer(cloud.work, 30))
+  wait_until(lambda: count(cloud), process)
+  process.kill()
+  process.wait()
+  done = cloud.run('train.sh', RUN, *trainer(cloud.work, 30))
+  assert done.returncode == 0, done.stderr
+  assert re.findall(r'from (\d+)', done.stdout) == ['0']
+  assert count(cloud, '../work') == 30
+
+
+def test_a_run_that_is_there_is_not_overwritten(cloud):
+  assert cloud.run('create.sh').returncode == 0
+  for place, value in (('cloud/host0/jaxrw', '9'), ('cloud/host1/jaxrw', ''), ('work', '5')):
+    path = cloud.folder.parent / place / RUN / 'count'
+    path.parents[bool(not value) * 2].mkdir(parents=True)
+    if value:
+      path.write_text(value)
+  assert cloud.run('push.sh', RUN).returncode == 0
+  assert [count(cloud, f'host{i}/jaxrw') for i in (0, 1)] == [9, 5]

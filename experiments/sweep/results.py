@@ -20,6 +20,7 @@ from experiments.sweep.units import Unit, shown
 from experiments.verdict import column, format_table
 
 RATE, SEED = 'optim.lr', 'seed'
+TICKS = 8  # more values than these are not all named on the axis
 
 
 class Group(NamedTuple):
@@ -152,42 +153,51 @@ def _name(group: Group, keys: Iterable[str]) -> str:
 def draw(found: Sequence[Group], metric: str, theme: plots.Theme) -> Figure | None:
   """The metric by arm over the learning rate (or the first other number that the sweep changes),
   with 95% intervals over seeds; a cross marks settings of which a seed diverged."""
-  keys = _keys(found)
-  x = next((key for key in sorted(keys, key=lambda key: key != RATE) if _is_axis(found, key)), None)
   if len(found) < 2 or not any(group.values for group in found):
     return None
+  keys = _keys(found)
+  x = next((key for key in sorted(keys, key=lambda key: key != RATE) if _is_axis(found, key)), None)
   lines: dict[str, list[Group]] = {}
   for group in found:
     lines.setdefault(_name(group, [key for key in keys if key != x]), []).append(group)
   figure = Figure(figsize=(7.2, 4), layout='constrained')
   ax = figure.subplots()
-  places = sorted({group.settings[x] for group in found}) if x else list(lines)
   top = max(group.mean for group in found if group.values)
   for i, (name, members) in enumerate(lines.items()):
     style = plots.style_of(i, theme)
-    at = {
-      id(group): (places.index(group.settings[x]) if x else i)
-      + (0.1 * (i - (len(lines) - 1) / 2) if x else 0)
-      for group in members
-    }
-    good = sorted((group for group in members if group.values), key=lambda group: at[id(group)])
+    members = sorted(members, key=lambda group: group.settings[x] if x else 0)
+    places = _beside([g.settings[x] for g in members], i, len(lines), x == RATE) if x else [i]
+    good = [(place, group) for place, group in zip(places, members) if group.values]
     ax.plot(
-      [at[id(group)] for group in good], [group.mean for group in good], lw=1.4,
+      [place for place, _ in good], [group.mean for _, group in good], lw=1.4,
       marker=plots.marker_of(i), ms=5.5, label=name, **style,
     )  # fmt: skip
-    for group in good:
+    for place, group in good:
       if group.interval:
-        ax.plot([at[id(group)]] * 2, group.interval, color=style['color'], lw=2, alpha=0.6)
-    for group in members:
+        ax.plot([place] * 2, group.interval, color=style['color'], lw=2, alpha=0.6)
+    for place, group in zip(places, members):
       if group.diverged:
-        ax.plot(at[id(group)], top, 'x', color=style['color'], ms=8, mew=2)
-  ax.set_xticks(range(len(places)), [shown(place) for place in places])
+        ax.plot(place, top, 'x', color=style['color'], ms=8, mew=2)
   if x:
-    ax.set_xlabel('peak learning rate' if x == RATE else x)
+    values = sorted({group.settings[x] for group in found})
+    ax.set_xscale('log' if x == RATE else 'linear')
+    if len(values) <= TICKS:
+      ax.set_xticks(values, [shown(value) for value in values])
+      ax.minorticks_off()
+    ax.set_xlabel('peak learning rate (log scale)' if x == RATE else x)
     figure.legend(loc='outside upper left', ncols=4, frameon=False)
+  else:
+    ax.set_xticks(range(len(lines)), list(lines))
+    ax.set_xlim(-0.5, len(lines) - 0.5)
   ax.set_ylabel(f'{metric_title(metric)},\nmean and 95% interval over seeds')
   ax.grid(axis='y')
   return figure
+
+
+def _beside(values: Sequence[float], line: int, lines: int, factors: bool) -> list[float]:
+  """The values, each line's a little to the side of the others', so that intervals can be seen."""
+  shift = 0.02 * (line - (lines - 1) / 2)
+  return [value * math.exp(shift) if factors else value * (1 + shift) for value in values]
 
 
 def _is_axis(found: Sequence[Group], key: str) -> bool:

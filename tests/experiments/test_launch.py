@@ -514,6 +514,25 @@ def test_units_of_a_launcher_that_is_gone_are_found_and_can_be_stopped(sweep):
   assert unit.status is None
 
 
+def test_ctrl_c_reaches_the_launcher_only(sweep):
+  """The terminal sends it to every process of its group."""
+  unit = sweep.units[0]
+  code = f"""
+    import pathlib, time
+    from tests.experiments import test_launch as t
+    sweep = t.make({str(sweep.folder)!r}, 'seed=0,1')
+    t.runners.Local(sweep.folder, t.trainer, jobs=1).start(sweep.units[:1])
+    time.sleep(600)
+  """
+  launcher = subprocess.Popen(python(code), start_new_session=True,
+                              stderr=subprocess.DEVNULL)  # fmt: skip
+  wait_until((unit.folder / 'count').exists)
+  os.killpg(launcher.pid, signal.SIGINT)
+  assert launcher.wait(60) != 0
+  wait_until(lambda: not worker.is_held(unit.job))
+  assert unit.run.finished
+
+
 def test_shares_of_gpus(monkeypatch):
   monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
   assert runners.gpu_shares(2, 0) == [None, None]
