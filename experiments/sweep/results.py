@@ -131,7 +131,7 @@ def text(found: Sequence[Group], metric: str) -> str:
     half = f' ± {group.mean - low_high[0]:.4f}' if low_high else ''
     seeds = f'{len(group.values)}' + f', {group.diverged} diverged' * bool(group.diverged)
     mean = f'{group.mean:.4f}{half}' if group.values else 'diverged'
-    body.append([_name(group, keys[:1]), *(_name(group, [k]) for k in keys[1:]), seeds, mean])
+    body.append([*(_name(group, [key]) for key in keys), seeds, mean])
   header = [*(key.rpartition('.')[2] for key in keys), 'seeds', column(metric)]
   return f'{metric_title(metric)}, mean ± 95% interval over seeds\n\n' + format_table(header, body)
 

@@ -144,6 +144,8 @@ class Slurm:
 
   def start(self, units: Sequence[Unit]) -> None:
     """Submits units."""
+    for unit in units:
+      (unit.job / 'stop').unlink(missing_ok=True)
     try:
       with self._executor.batch():
         jobs = [
@@ -160,6 +162,8 @@ class Slurm:
   def stop(self, units: Sequence[Unit]) -> None:
     """Asks these units to save and end; those that are just starting may have to be asked again."""
     ids = [job_id for unit in units if (job_id := _job_id(unit))]
+    for unit in units:
+      files.write_text(unit.job / 'stop', '')  # or it would queue itself again
     # Cancelled, a running job would have seconds to save; told, it ends when it has. A job that has
     # just ended makes scancel fail.
     for how in ('--state=PENDING', '--signal=TERM'):

@@ -32,7 +32,9 @@ def run(
 ) -> None:
   """Runs `command`; its output goes to `folder`/log.txt, its exit status to `folder`/status.
 
-  A SLURM job whose time is nearly up is put back into the queue once the run has saved.
+  A SLURM job whose time is nearly up, or that is preempted, is put back into the queue once the run
+  has saved. One that was cancelled is not, nor one that a launcher stops: its folder has a file
+  `stop`.
 
   Args:
     command: what to run.
@@ -77,9 +79,11 @@ def run(
       status = StoppedError.exit_status
     if first:
       files.write_text(job / 'status', str(status))
-  if first and status == StoppedError.exit_status and received & WARNINGS:
-    # Fails where the cluster has put the job back by itself.
-    subprocess.run(['scontrol', 'requeue', task.job_id], check=False)
+  stopped = status == StoppedError.exit_status and received and not (job / 'stop').exists()
+  if first and stopped and task.cluster == 'slurm':
+    asked = subprocess.run(['squeue', '-h', '-o', '%T', '-j', task.job_id], stdout=subprocess.PIPE)
+    if received & WARNINGS or asked.stdout.strip() == b'RUNNING':  # and not cancelled
+      subprocess.run(['scontrol', 'requeue', task.job_id], check=False)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ exec "$@"
 """
 SQUEUE = """#!/usr/bin/env bash
 here=$(dirname "$(dirname "$0")")
-echo "squeue $*" >>"$here/calls"
+if [[ $* == *' -j '* ]]; then cat "$here/state"; exit; fi
 for job in "$here"/jobs/*; do [ -e "$job" ] && echo "$(basename "$job") RUNNING"; done; exit 0
 """
 SCANCEL = """#!/usr/bin/env bash
@@ -59,6 +59,12 @@ class Slurm:
       path.parent.mkdir(exist_ok=True)
       path.write_text(text)
       path.chmod(0o755)
+
+    self.state('RUNNING')
+
+  def state(self, state: str) -> None:
+    """What squeue says of every job that is asked for."""
+    (self.folder / 'state').write_text(f'{state}\n')
 
   @property
   def path(self) -> str:

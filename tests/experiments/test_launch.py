@@ -399,6 +399,15 @@ def test_without_rates_arms_stand_side_by_side(tmp_path):
   assert [tick.get_text() for tick in ax.get_xticklabels()] == ['uniform', 'linupper:1.0', 'odm']
 
 
+def test_seeds_alone_are_one_group(tmp_path):
+  sweep = make(tmp_path, 'seed=0,1')
+  run(sweep, FakeRunner())
+  lines = results.write(sweep.units, 'macro_bpb', tmp_path).splitlines()
+  assert lines[2].split() == ['seeds', 'macro']
+  assert lines[4].split()[0] == '2'
+  assert not (tmp_path / 'sweep.png').exists()
+
+
 def test_units_that_differ_in_kind_share_a_table(tmp_path):
   named = [{'seed': 1}, {'optim.clip': 0.5, 'seed': 1}, {'data.domains': ('code', 'docs')}]
   sweep = make(tmp_path, named)
@@ -549,8 +558,17 @@ def start_worker(job: Path, command: list[str], **environ: str) -> subprocess.Po
   return subprocess.Popen(python(code), env={**os.environ, **environ})
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
-def test_a_job_whose_time_is_up_is_queued_again_once_its_run_has_saved(tmp_path, number):
+@pytest.mark.parametrize(
+  ('number', 'state', 'again'),
+  [
+    (signal.SIGUSR1, 'RUNNING', True),  # its time is nearly up
+    (signal.SIGUSR2, 'COMPLETING', True),
+    (signal.SIGTERM, 'RUNNING', True),  # preempted
+    (signal.SIGTERM, 'COMPLETING', False),  # cancelled
+    (signal.SIGTERM, 'stop', False),  # by a launcher
+  ],
+)
+def test_a_job_is_queued_again_once_its_run_has_saved(tmp_path, number, state, again):
   slurm, job = Slurm(tmp_path / 'slurm'), tmp_path / 'job'
   slow_to_save = python("""
     import signal, sys, time
@@ -565,14 +583,16 @@ def test_a_job_whose_time_is_up_is_queued_again_once_its_run_has_saved(tmp_path,
   )  # fmt: skip
   log = job / 'log.txt'
   wait_until(lambda: log.exists() and 'listening' in log.read_text())
+  slurm.state(state)
+  if state == 'stop':
+    (job / 'stop').touch()
   if number != signal.SIGTERM:  # SLURM warns the run itself, too, and that must not end it
     os.kill(int((job / 'lock').read_text()), number)
   process.send_signal(number)
   assert process.wait(60) == 0
   assert log.read_text() == 'listening\nsaved\n'
   assert (job / 'status').read_text() == '75'
-  # Cancelled, or preempted by a SLURM that requeues by itself, it is not.
-  assert slurm.calls == ([] if number == signal.SIGTERM else ['scontrol requeue 4_1'])
+  assert slurm.calls == (['scontrol requeue 4_1'] if again else [])
 
 
 def test_a_run_that_is_told_before_it_can_listen_counts_as_stopped(tmp_path):
@@ -621,13 +641,14 @@ def test_slurm_stops_its_units(slurm, sweep):
   unit = sweep.units[0]
   wait_until((unit.folder / 'count').exists)
   runner.stop([unit])
-  assert slurm.calls[-2:] == ['scancel --state=PENDING 70', 'scancel --signal=TERM 70']
   wait_until(ended(runner, sweep))
   assert unit.status == 75
-  assert not any(call.startswith('scontrol') for call in slurm.calls)
   runner.stop(sweep.units[1:])  # without an id, scancel would take all of the user's jobs
-  assert not slurm.calls[-1].endswith('TERM')
+  assert slurm.calls == ['scancel --state=PENDING 70', 'scancel --signal=TERM 70']
+  assert (unit.job / 'stop').exists()
   assert '#SBATCH --signal=USR2@30' in slurm.script
+  runner.start([unit])
+  assert not (unit.job / 'stop').exists()
 
 
 def test_errors_of_slurm_are_one_line(slurm, sweep, monkeypatch):
