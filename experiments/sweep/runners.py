@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from experiments.sweep.units import Unit
 
 Command = Callable[[Unit], list[str]]
 CUDA = 'CUDA_VISIBLE_DEVICES'
+PAUSES = (1, 5, 30, 60)  # seconds, after a command of SLURM that failed
 YEAR = 60 * 24 * 365  # minutes
 
 
@@ -180,15 +182,14 @@ def _slurm(*command: str) -> list[str]:
   """The lines that a command of SLURM prints.
 
   Raises:
-    UserError: it fails three times.
+    UserError: it fails again and again.
   """
-  for _ in range(3):
+  for pause in PAUSES:  # a controller that restarts is back soon
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if not done.returncode:
-      break
-  else:
-    raise UserError(f'{command[0]} failed: {done.stderr.strip()}; units that run go on')
-  return done.stdout.splitlines()
+      return done.stdout.splitlines()
+    time.sleep(pause)
+  raise UserError(f'{command[0]} failed: {done.stderr.strip()}; units that run go on')
 
 
 def _cache(folder: Path) -> dict[str, str]:

@@ -43,6 +43,7 @@ def run(
     processors: those that it may use; all of them if empty.
   """
   task, job = submitit.JobEnvironment(), Path(folder)
+  job.mkdir(parents=True, exist_ok=True)
   if processors:
     os.sched_setaffinity(0, processors)  # before jax counts them for its threads
   env = {k: v for k, v in {**os.environ, **environ}.items() if v is not None}
@@ -61,7 +62,8 @@ def run(
     held(job) if first else contextlib.nullcontext() as lock,
     (job / ('log.txt' if first else f'log.{task.global_rank}.txt')).open('ab') as log,
   ):
-    (job / 'status').unlink(missing_ok=True)
+    if first:
+      (job / 'status').unlink(missing_ok=True)
     # SLURM warns all processes of a job, and one that does not listen dies of it.
     signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
     process = subprocess.Popen(
@@ -92,7 +94,6 @@ def held(job: Path) -> Iterator[IO[str]]:
 
   Whoever inherits the file keeps the lock: a run outlives the process that started it.
   """
-  job.mkdir(parents=True, exist_ok=True)
   with (job / 'lock').open('a+') as lock:
     with contextlib.suppress(OSError):  # some network file systems cannot lock
       fcntl.flock(lock, fcntl.LOCK_EX)

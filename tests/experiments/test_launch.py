@@ -657,6 +657,7 @@ def test_errors_of_slurm_are_one_line(slurm, sweep, monkeypatch):
   with pytest.raises(UserError, match='sbatch failed: sbatch: error: invalid partition'):
     runner.start(sweep.units)
   (slurm.folder / 'bin/squeue').write_text('#!/bin/sh\necho broken >&2; exit 1\n')
+  monkeypatch.setattr(runners, 'PAUSES', (0, 0))
   with pytest.raises(UserError, match='squeue failed: broken'):
     runner.alive(sweep.units)
   monkeypatch.setenv('PATH', str(sweep.folder))
