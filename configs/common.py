@@ -7,6 +7,11 @@ there is. Its docstring says the command, the cost and the expected result.
 from __future__ import annotations
 
 import difflib
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -162,11 +167,16 @@ def parse_arg(arg: str, **defaults) -> ConfigDict:
     kind = type(defaults[name])
     if not equals and kind is not bool:
       raise ConfigError(f'argument {name!r} needs a value: {name}={defaults[name]}')
-    switches[name] = _parse_value(name, text if equals else 'true', kind)
+    switches[name] = parse_value(name, text if equals else 'true', kind)
   return switches
 
 
-def _parse_value(name: str, text: str, kind: type):
+def parse_value(name: str, text: str, kind: type):
+  """`text` as a value of type `kind`; `name` is for the error.
+
+  Raises:
+    ConfigError: it is none.
+  """
   try:
     if kind is bool:
       return {'true': True, 'false': False, '1': True, '0': False}[text.lower()]
@@ -229,7 +239,7 @@ def set_arm(config: ConfigDict, arm: str) -> None:
     if not equals or not known or isinstance(node[name], (ConfigDict, tuple)):
       raise ConfigError(f'arm {arm!r}: {change!r} is not a <key of the config>=<value>')
     with config.unlocked():
-      node[name] = _parse_value(key, text, type(node[name]))
+      node[name] = parse_value(key, text, type(node[name]))
 
 
 def set_mixture(config: ConfigDict, spec: str) -> None:
@@ -255,7 +265,7 @@ def set_mixture(config: ConfigDict, spec: str) -> None:
       if name == 'target':
         config.mixture.target = tuple(text.split('+'))
       elif name in config.mixture:
-        config.mixture[name] = _parse_value(name, text, type(config.mixture[name]))
+        config.mixture[name] = parse_value(name, text, type(config.mixture[name]))
       else:
         config.mixture.args[name] = _number_or_word(text, int)
 
@@ -325,3 +335,60 @@ def quick(config: ConfigDict) -> ConfigDict:
   config.mixture.update(every=min(config.mixture.every, 2), rows=1, target_rows=2)
   config.log.every = 1
   return config
+
+
+# Sweeps. A unit maps flat keys of the config, and perhaps 'arm' (see `set_arm`), to values. The
+# `sweep(add)` of a config file calls `add(**unit)` for each unit that experiments.launch shall run.
+
+Unit = dict[str, Any]
+Sampler = Callable[[random.Random], Any]
+
+
+def grid(axes: Mapping[str, Iterable[Any]]) -> Iterator[Unit]:
+  """Every combination; the last key moves fastest. {'arm': ('uniform', 'upper'), 'seed': (0, 1)}
+  is four units."""
+  for values in itertools.product(*axes.values()):
+    yield dict(zip(axes, values))
+
+
+def paired(axes: Mapping[str, Sequence[Any]]) -> Iterator[Unit]:
+  """The first values of all keys together, then the second ones, and so on.
+
+  Raises:
+    ConfigError: one key has more values than another.
+  """
+  if len({len(values) for values in axes.values()}) > 1:
+    counts = ', '.join(f'{key} has {len(values)}' for key, values in axes.items())
+    raise ConfigError(f'paired keys need equally many values; {counts}')
+  for values in zip(*axes.values()):
+    yield dict(zip(axes, values))
+
+
+def sampled(axes: Mapping[str, Sampler], count: int, seed: int = 0) -> Iterator[Unit]:
+  """`count` random units, the same for the same seed; see `uniform`, `log_uniform`, `choice`."""
+  rng = random.Random(seed)
+  for _ in range(count):
+    yield {key: sampler(rng) for key, sampler in axes.items()}
+
+
+def uniform(low: float, high: float) -> Sampler:
+  """A number between two, to four digits."""
+  return lambda rng: float(f'{rng.uniform(low, high):.4g}')
+
+
+def log_uniform(low: float, high: float) -> Sampler:
+  """A positive number between two, each factor as likely as any other, to four digits."""
+  return lambda rng: float(f'{math.exp(rng.uniform(math.log(low), math.log(high))):.4g}')
+
+
+def choice(*values: Any) -> Sampler:
+  """One of some values."""
+  return lambda rng: rng.choice(values)
+
+
+def seeds(units: Iterable[Unit], count: int, first: int = 0) -> Iterator[Unit]:
+  """Every unit on `count` seeds from `first` on; seeds outside, for pairs that are soon whole."""
+  units = list(units)
+  for seed in range(first, first + count):
+    for unit in units:
+      yield {**unit, 'seed': seed}

@@ -6,6 +6,8 @@ Expected: macro bits per byte on validation text below those of a byte-bigram mo
           prints as its floor. At this size a difference between weightings ranks nothing: a pilot
           saw LinUpper lose a little in the macro average.
 
+Its sweep: 3 weightings x 2 learning rates x 2 seeds, for experiments.launch.
+
 Switches: weighting=uniform|linupper:0.4|..., mixture=odm|group_dro:mode=weigh:rate=0.1|..., seed=0,
 quick
 """
@@ -25,3 +27,9 @@ def get_config(arg=''):
   common.set_weighting(config, switches.weighting)
   common.set_mixture(config, switches.mixture)
   return common.quick(config) if switches.quick else config
+
+
+def sweep(add):
+  axes = {'arm': ('uniform', 'linupper:1.0', 'linupper:0.4'), 'optim.lr': (1e-3, 3e-3)}
+  for unit in common.seeds(common.grid(axes), 2):
+    add(**unit)

@@ -65,8 +65,21 @@ def arms(spec: str) -> dict[str, str]:
   return found
 
 
-def _call(spec: str, name: str, default: Callable[[str], Any] | None = None) -> Any:
-  """What a function of the config file returns for the argument behind the colon."""
+def sweep(spec: str) -> list[dict[str, Any]]:
+  """The units that a config file's `sweep(add)` adds, in that order; none without one.
+
+  Raises:
+    UserError: as `load`.
+  """
+  units: list[dict[str, Any]] = []
+  _call(spec, 'sweep', lambda add: None, lambda **unit: units.append(unit))
+  return units
+
+
+def _call(
+  spec: str, name: str, default: Callable[[Any], Any] | None = None, argument: Any = None
+) -> Any:
+  """What a function of the config file returns, for the argument behind the colon unless given."""
   path, _, arg = spec.partition(':')
   if not os.path.isfile(path):
     known = ', '.join(map(str, config_files()))
@@ -76,7 +89,7 @@ def _call(spec: str, name: str, default: Callable[[str], Any] | None = None) -> 
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     function = getattr(module, name) if default is None else getattr(module, name, default)
-    return function(arg)
+    return function(arg if argument is None else argument)
   except common.ConfigError as e:
     raise UserError(f'--config={spec}: {e}') from e
   except Exception as e:  # whatever the user's file raises is the user's to fix

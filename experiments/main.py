@@ -18,6 +18,7 @@ the run is lost, 75 stopped and saved.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -27,6 +28,9 @@ from experiments import config as config_lib
 from experiments.errors import UserError
 
 _CONFIG = cli.define_config()
+_ARM = flags.DEFINE_string(
+  'arm', '', "a weighting, and what else an arm of a comparison changes: 'linupper:1.0@keep.rows=8'"
+)
 _WORKDIR = flags.DEFINE_string('workdir', '', 'run directory; created, or resumed')
 _DRY_RUN = flags.DEFINE_bool(
   'dry_run', False, 'print config, parameters, memory, FLOPs and planned examples, and exit'
@@ -64,11 +68,10 @@ def main(_) -> None:
     raise UserError(f'--json={_JSON.value} is for a dry run: add --dry_run or --compile_for')
   if not _WORKDIR.value:
     raise UserError('--workdir is missing: try --workdir=runs/first')
+  config, origin = resolved_config()
   join()
   from experiments import hosts, train
 
-  config = _CONFIG.value
-  origin = cli.config_origin()
   train.say(config_lib.format_config(config, *origin))
   cli.use_compilation_cache(Path(_WORKDIR.value) / '.jax_cache')
   with hosts.ending_together():
@@ -79,6 +82,16 @@ def main(_) -> None:
     f'(byte bigram {result["bigram_floor_macro"]:.4f}), worst {final["worst_bpb"]:.4f} '
     f'({final["worst_domain"]}); {_WORKDIR.value}/result.json'
   )
+
+
+def resolved_config() -> tuple[Any, tuple[dict, str]]:
+  """(the config with the arm, where its values come from); see `cli.config_origin`."""
+  config, (overrides, spec) = _CONFIG.value, cli.config_origin()
+  if _ARM.value:
+    common.set_arm(config, _ARM.value)
+    config_lib.check(config)
+    spec = f'{spec} --arm={_ARM.value}'
+  return config, (overrides, spec)
 
 
 def join() -> None:
@@ -104,8 +117,8 @@ def dry_run() -> None:
     join()
   from experiments import dry_run, files, train
 
-  config = _CONFIG.value
-  train.say(config_lib.format_config(config, *cli.config_origin()))
+  config, origin = resolved_config()
+  train.say(config_lib.format_config(config, *origin))
   devices = hardware.devices(topology)
   run, uniform = train.build(config, devices), None
   if _COMPILE_FOR.value and _ADDS.value:
