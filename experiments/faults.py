@@ -50,7 +50,6 @@ QUIET = {'log.tensorboard': False, 'log.progress': False}
 DURING = ('save', 'step', 'start', 'save', 'step', 'evaluation')
 SIGNALS = {'kill': ('SIGKILL',), 'term': ('SIGTERM',), 'mixed': ('SIGKILL', 'SIGTERM')}
 POLL = 0.004  # seconds
-TAIL = 1 << 18  # bytes; longer than a line of metrics
 
 
 class Plan(NamedTuple):
@@ -58,7 +57,7 @@ class Plan(NamedTuple):
 
   folder: Path
   spec: str  # the value of --config
-  overrides: dict[str, Any] = {}  # flat keys of the config  # noqa: RUF012
+  overrides: Mapping[str, Any]  # flat keys of the config
   kills: int = 20
   processes: int = 1
   signals: tuple[str, ...] = ('SIGKILL',)
@@ -123,35 +122,24 @@ class Life(NamedTuple):
   problem: str  # what went wrong, or ''
 
 
-def make_plan(spec: str, overrides: Mapping, folder: str, signals: str, **rest: Any) -> Plan:
-  """A plan that can work.
+def moments(plan: Plan) -> list[Moment]:
+  """When to kill: random, and the same for the same plan.
 
   Raises:
-    UserError: a flag, or a run that is too short.
+    UserError: the run is too short.
   """
-  if not folder:
-    raise UserError('--workdir is missing: try --workdir=runs/faults')
-  plan = Plan(Path(folder), spec, dict(overrides), signals=SIGNALS[signals], **rest)
-  if last_moment(plan.config) < 1:
+  config = plan.config
+  # A save and an evaluation, missed once or twice, still follow the last of them.
+  end = 3 * max(config.checkpoint.every, config.eval.every)
+  if config.total_steps <= end:
     raise UserError(
-      f'config.total_steps={plan.config.total_steps}: must be above '
-      f'{plan.config.total_steps - last_moment(plan.config)}, three times config.checkpoint.every '
-      'and config.eval.every, so that there are saves and evaluations to interrupt'
+      f'config.total_steps={config.total_steps}: must be above {end}, three times '
+      'config.checkpoint.every and config.eval.every, so that there is something to interrupt'
     )
-  return plan
-
-
-def last_moment(config: ConfigDict) -> int:
-  """The last step to kill at; a save and an evaluation, missed once or twice, still follow."""
-  return config.total_steps - 3 * max(config.checkpoint.every, config.eval.every)
-
-
-def moments(plan: Plan) -> list[Moment]:
-  """Random, and the same for the same plan."""
   rng = random.Random(plan.seed)
   during = [DURING[i % len(DURING)] for i in range(plan.kills)]
   rng.shuffle(during)
-  steps = sorted(rng.randint(1, last_moment(plan.config)) for _ in during)
+  steps = sorted(rng.randint(1, config.total_steps - end) for _ in during)
   members = [None, *range(plan.processes)] if plan.processes > 1 else [None]
   return [
     Moment(step, what, rng.random(), rng.choice(plan.signals), rng.choice(members))
@@ -257,9 +245,13 @@ class Watch:
 def last_record(path: Path) -> dict:
   """The last whole line of a JSONL file that is being written; {} if there is none."""
   with path.open('rb') as file:
-    file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
-    lines = file.read().split(b'\n')
-  return json.loads(lines[-2]) if len(lines) > 1 else {}
+    length, part = file.seek(0, os.SEEK_END), 4096
+    while True:
+      file.seek(max(0, length - part))
+      lines = file.read().split(b'\n')
+      if len(lines) > 2 or part >= length:
+        return json.loads(lines[-2]) if len(lines) > 1 else {}
+      part *= 4
 
 
 def save_under_way(directory: Path, after: int = 0) -> bool:
@@ -344,14 +336,14 @@ def live(
   statuses = [process.returncode for process in running]
   reached, left = watch.look()
   stopping = killed and moment.signal == 'SIGTERM'
-  if not killed and not problem and any(statuses):
-    number = next(i for i, status in enumerate(statuses) if status)
-    last_line = log_of(log, number).read_text(errors='replace').strip().rpartition('\n')[2]
-    problem = f'ended with status {statuses[number]}: {last_line}'
+  if watch.resumed is not None and watch.resumed < max(before, default=0):
+    problem = f'resumed after step {watch.resumed} with checkpoint {max(before)} on disk'
   elif stopping and 'start' not in doing and set(statuses) != {StoppedError.exit_status}:
     problem = f'was told to stop and ended with status {" and ".join(map(str, statuses))}'
-  elif watch.resumed is not None and watch.resumed < max(before, default=0):
-    problem = f'resumed after step {watch.resumed} with checkpoint {max(before)} on disk'
+  elif not killed and not problem and any(statuses):
+    number = next(i for i, status in enumerate(statuses) if status)
+    said = log_of(log, number).read_text(errors='replace').strip()
+    problem = f'ended with status {statuses[number]}: {said.rpartition(chr(10))[2]}'
   return Life(
     killed=moment if killed else None,
     # What a kill has left tells best; one that was asked to stop leaves nothing half done.
@@ -366,7 +358,7 @@ def live(
     forced=forced,
     sealed=sealed(directory),
     lost=lost(directory, known, config.checkpoint.keep),
-    problem=problem,
+    problem=problem and f'launch {name} {problem}',
   )
 
 
@@ -391,7 +383,7 @@ def undisturbed(plan: Plan) -> dict[str, Any]:
   with tqdm(total=config.total_steps, desc='undisturbed', unit='step') as bar:
     life = live(plan, workdir, 'reference', bar)
   if life.problem:
-    raise UserError(f'the undisturbed run {life.problem}; see {plan.folder}/logs')
+    raise UserError(f'{life.problem}; see {plan.folder}/logs')
   times = lambda every: math.ceil(config.total_steps / every)
   usual = {
     'run': life.seconds,
@@ -404,15 +396,14 @@ def undisturbed(plan: Plan) -> dict[str, Any]:
   return usual
 
 
-def disturbed(plan: Plan, usual: dict[str, Any]) -> list[Life]:
+def disturbed(plan: Plan, ahead: Sequence[Moment], usual: dict[str, Any]) -> list[Life]:
   """The lives of the other run, up to one that ends by itself; those on record are not repeated."""
   path, workdir, config = plan.folder / 'lives.json', plan.folder / 'disturbed', plan.config
   lives = [_life(known) for known in files.read_json(path)] if path.exists() else []
-  ahead = moments(plan)
   with tqdm(total=config.total_steps, desc='disturbed', unit='step') as bar:
     while not lives or lives[-1].killed:
       bar.set_postfix_str(f'{len(lives)} of {plan.kills} kills')
-      # How long a restart takes, a start that had to compile does not tell.
+      # The undisturbed run may have had to compile first, so later starts tell how long one takes.
       start = next((life.ready for life in reversed(lives) if life.ready), usual['start'])
       lives.append(
         live(
@@ -461,7 +452,7 @@ def read_outcome(workdir: Path) -> Outcome:
   from experiments import checkpoints, train
 
   results = files.read_json(workdir / 'result.json')
-  del results['seconds']
+  results.pop('seconds', None)
   config = config_lib.read(workdir)
   config.mesh.update(data=1, fsdp=1)
   run = train.build(config, jax.devices()[:1])
@@ -594,9 +585,10 @@ def study(plan: Plan) -> dict[str, Any]:
   """Does what is left to do of the plan; the content of `faults.json`."""
   from experiments import checkpoints  # noqa: F401  a second or two, and not while a run is watched
 
+  ahead = moments(plan)
   with files.exclusive(plan.folder):
     usual = undisturbed(plan)
-    found = report(plan, usual, disturbed(plan, usual))
+    found = report(plan, usual, disturbed(plan, ahead, usual))
     files.write_json(plan.folder / 'faults.json', found)
   return found
 
@@ -613,12 +605,14 @@ def define_flags() -> None:
 
 
 def main(_: list[str]) -> None:
+  if not FLAGS.workdir:
+    raise UserError('--workdir is missing: try --workdir=runs/faults')
   overrides, spec = cli.config_origin()
-  plan = make_plan(
+  plan = Plan(
+    Path(FLAGS.workdir),
     spec,
     overrides,
-    FLAGS.workdir,
-    FLAGS.signal,
+    signals=SIGNALS[FLAGS.signal],
     kills=FLAGS.kills,
     processes=FLAGS.processes,
     seed=FLAGS.seed,
