@@ -6,12 +6,13 @@
 Trains once undisturbed, and once more under kills at random moments: a third of them while a
 checkpoint is saved, a sixth in start-up, a sixth in an evaluation, the rest wherever the run is. Of
 several processes (on this machine) it kills all, or one: the others must end by themselves, or are
-killed --grace seconds later. Then the two runs are compared: metrics, examples and ledger rows of
-every step, the result, and every array of the last checkpoint, bit for bit.
+killed --grace seconds later (jax misses a dead process after up to 100 s). Then the two runs are
+compared: metrics, examples and ledger rows of every step, the result, and every array of the last
+checkpoint, bit for bit.
 
-Nothing is computed twice without need if config.checkpoint.every is well below total_steps / kills.
-Repeat the command to go on where it was stopped. Prints a table; writes WORKDIR/faults.json. Exit
-status 1: something was lost.
+What a kill costs is a restart and the steps since the last checkpoint; config.checkpoint.every well
+below total_steps / kills keeps the whole short. Repeat the command to go on where it was stopped.
+Prints a table; writes WORKDIR/faults.json. Exit status 1: something was lost.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Plan(NamedTuple):
   processes: int = 1
   signals: tuple[str, ...] = ('SIGKILL',)
   seed: int = 0
-  grace: float = 60.0  # seconds
+  grace: float = 120.0  # seconds
   patience: float = 600.0  # seconds without a sign of life
 
   @property
@@ -303,7 +304,7 @@ def live(
   """
   config, directory, log = plan.config, workdir / 'checkpoints', plan.folder / 'logs' / name
   watch = Watch(workdir, log, config.eval.every)
-  known, problem, killed = list(before), '', False
+  known, killed, problem = list(before), None, ''
   ready = due = seen = None
   spent = dict.fromkeys(DURING, 0.0)
   outlived, forced, doing = 0.0, 0, ['start']
@@ -326,7 +327,7 @@ def live(
       if due is not None and (now >= due or moment.during not in doing):
         known += sealed(directory)
         outlived, forced = end(running, plan.grace, moment.signal, moment.member)
-        killed = True
+        killed = moment
       elif now > changed + plan.patience:
         problem = f'showed no sign of life for {plan.patience:g} s'
     if not (killed or problem):
@@ -335,17 +336,17 @@ def live(
     end(running, 0, 'SIGKILL')
   statuses = [process.returncode for process in running]
   reached, left = watch.look()
-  stopping = killed and moment.signal == 'SIGTERM'
+  stopping = killed is not None and killed.signal == 'SIGTERM'
   if watch.resumed is not None and watch.resumed < max(before, default=0):
     problem = f'resumed after step {watch.resumed} with checkpoint {max(before)} on disk'
   elif stopping and 'start' not in doing and set(statuses) != {StoppedError.exit_status}:
     problem = f'was told to stop and ended with status {" and ".join(map(str, statuses))}'
-  elif not killed and not problem and any(statuses):
+  elif not (killed or problem) and any(statuses):
     number = next(i for i, status in enumerate(statuses) if status)
     said = log_of(log, number).read_text(errors='replace').strip()
     problem = f'ended with status {statuses[number]}: {said.rpartition(chr(10))[2]}'
   return Life(
-    killed=moment if killed else None,
+    killed=killed,
     # What a kill has left tells best; one that was asked to stop leaves nothing half done.
     doing=doing if stopping else left,
     resumed=watch.resumed,
@@ -601,7 +602,7 @@ def define_flags() -> None:
   flags.DEFINE_integer('processes', 1, 'of each run, on this machine', lower_bound=1)
   flags.DEFINE_enum('signal', 'kill', list(SIGNALS), 'SIGKILL, SIGTERM, or either at random')
   flags.DEFINE_integer('seed', 0, 'of the moments')
-  flags.DEFINE_float('grace', 60, 'seconds in which the other processes must end', lower_bound=0)
+  flags.DEFINE_float('grace', 120, 'seconds in which the other processes must end', lower_bound=0)
 
 
 def main(_: list[str]) -> None:
