@@ -6,9 +6,9 @@
 Trains once undisturbed, and once more under kills at random moments: a third of them while a
 checkpoint is saved, a sixth in start-up, a sixth in an evaluation, the rest wherever the run is. Of
 several processes (on this machine) it kills all, or one: the others must end by themselves, or are
-killed --grace seconds later (jax misses a dead process after up to 100 s). Then the two runs are
-compared: metrics, examples and ledger rows of every step, the result, and every array of the last
-checkpoint, bit for bit.
+killed --grace seconds later (jax takes a minute or two to miss a dead process). Then the two runs
+are compared: metrics, examples and ledger rows of every step, the result, and every array of the
+last checkpoint, bit for bit.
 
 What a kill costs is a restart and the steps since the last checkpoint; config.checkpoint.every well
 below total_steps / kills keeps the whole short. Repeat the command to go on where it was stopped.
