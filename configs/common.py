@@ -323,7 +323,7 @@ def quick(config: ConfigDict) -> ConfigDict:
   config.data.seq_len = 32
   config.data.max_bytes_per_domain = 50_000
   config.data.tokenizer = 'byte'
-  config.model.update(n_layer=2, n_head=2, n_embd=32, max_len=0, vocab_size=0)
+  config.model.update(n_layer=2, n_head=2, n_kv_head=0, n_embd=32, d_ff=0, max_len=0, vocab_size=0)
   config.optim.warmup_steps = 1
   config.optim.decay_steps = 0
   for stage in config.w.values():

@@ -172,16 +172,3 @@ class LlamaConfig(lm.ModelConfig):
     d = self.n_embd
     kv = self.kv_heads * d // self.n_head
     return 2 * d * d + 2 * d * kv + 3 * d * self.hidden
-
-
-def _llama(n_layer, n_head, n_embd, d_ff, **more) -> LlamaConfig:
-  shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, d_ff=d_ff)
-  return LlamaConfig(vocab_size=32_000, max_len=2048, **shape, **more)
-
-
-PRESETS = {
-  'tiny': LlamaConfig(vocab_size=257, max_len=128, n_layer=2, n_head=4, n_embd=96, n_kv_head=2),
-  'llama_1b': _llama(22, 32, 2048, 5632, n_kv_head=4),
-  'llama_1.4b': _llama(24, 16, 2048, 5632),
-  'llama_7b': _llama(32, 32, 4096, 11_008),
-}
