@@ -22,9 +22,6 @@ from experiments.data import mixture as mixture_lib
 from experiments.data import pipeline
 from experiments.train import Run, versions
 
-# Bytes that a device receives for each byte of the array, when n of them take part.
-_TRAFFIC = {'all-reduce': 2.0, 'collective-permute': 1.0}
-
 
 def report(run: Run, uniform: Run | None = None) -> dict[str, Any]:
   """Everything that is known before a run starts; JSON.
@@ -116,11 +113,18 @@ def collectives(found: tuple[compiled.Collective, ...], mesh: jax.sharding.Mesh)
       'bytes': size,
       'axes': list(axes),
       'count': count,
-      'received': int(_TRAFFIC.get(kind, 1.0) * size * count * (devices - 1) / max(devices, 1)),
+      'received': count * _received(kind, size, devices),
     }
     for (kind, size, axes, devices), count in counts.items()
   ]
   return sorted(entries, key=lambda e: (-e['received'], -e['bytes'], e['kind'], e['axes']))
+
+
+def _received(kind: str, size: int, devices: int) -> int:
+  """Bytes that one of so many devices receives, when they form a ring."""
+  if kind == 'collective-permute':
+    return size
+  return size * (devices - 1) // devices * (2 if kind == 'all-reduce' else 1)
 
 
 def bound(found: dict[str, Any], chip: hardware.Chip) -> dict[str, float | None]:

@@ -113,10 +113,12 @@ def test_traffic_of_a_ring_by_hand(llama):
     compiled.Collective('all-reduce', 800, 3, '', group),
     compiled.Collective('all-gather', 800, 1, '', group),
     compiled.Collective('all-gather', 800, 2, '', group),
+    compiled.Collective('collective-permute', 800, 1, '', (0, 1)),
   )
   assert dry_run.collectives(made, mesh) == [
     {'kind': 'all-reduce', 'bytes': 800, 'axes': ['data', 'fsdp'], 'count': 3, 'received': 3600},
     {'kind': 'all-gather', 'bytes': 800, 'axes': ['data', 'fsdp'], 'count': 3, 'received': 1800},
+    {'kind': 'collective-permute', 'bytes': 800, 'axes': ['tensor'], 'count': 1, 'received': 800},
   ]
 
 
