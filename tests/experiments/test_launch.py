@@ -778,36 +778,38 @@ def test_a_sweep_survives_a_killed_launcher_and_goes_on_after_a_stop(tmp_path):
   then they are killed; the last one ends as if nothing had happened."""
   command, environ = real_command(tmp_path, 1500)
   folder = tmp_path / 'sweep'
-  run = lambda: subprocess.Popen(command, env=environ, stdout=subprocess.PIPE,
-                                 stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+  def run(name: str) -> subprocess.Popen:
+    # Into files: the units of a launcher that is gone would keep a pipe open.
+    with (tmp_path / name).open('w') as out:
+      return subprocess.Popen(command, env=environ, stdout=out, stderr=out)
+
+  text = lambda name: (tmp_path / name).read_text()
   steps = lambda: [
-    path.read_bytes().count(b'"kind": "train"') for path in folder.glob('units/*/metrics.jsonl')
+    path.read_bytes().count(b'"kind": "train"')
+    for path in sorted(folder.glob('units/*/metrics.jsonl'))
   ]
-  first = run()
+  first = run('first')
   wait_until(lambda: len(steps()) == 2 and min(steps()) > 3, 300)
   first.kill()
-  first.communicate()
+  first.wait()
   before = steps()
-  wait_until(lambda: min(steps()) > max(before))  # they go on
-  second = run()
-  jobs = [path for path in (folder / 'jobs').iterdir()]
-  time.sleep(3)
+  wait_until(lambda: all(now > then for now, then in zip(steps(), before)))  # they go on
+  second = run('second')
+  wait_until(lambda: text('second').count('running ') == 2, 300)
   second.send_signal(signal.SIGTERM)
-  error = second.communicate(timeout=120)[1]
-  assert second.returncode == 75, error
-  assert error.splitlines()[-1].startswith('stopped: ')
+  assert second.wait(120) == 75, text('second')
+  assert text('second').splitlines()[-1].startswith('stopped: ')
+  jobs = list((folder / 'jobs').iterdir())
   assert not any(map(worker.is_held, jobs))
   assert len(list(folder.glob('units/*/checkpoints/*/sha256.json'))) == 2
-  third = run()
-  wait_until(lambda: all(map(worker.is_held, jobs)), 300)
+  third = run('third')
   resumed = lambda job: 'resuming after step' in (job / 'log.txt').read_text()
   wait_until(lambda: all(map(resumed, jobs)), 300)
   third.kill()
-  third.communicate()
+  third.wait()
   for job in jobs:
     os.kill(int((job / 'lock').read_text()), signal.SIGKILL)
-  fourth = run()
-  out, error = fourth.communicate(timeout=600)
-  assert fourth.returncode == 0, error
-  check_summary(folder, out)
-  assert error.count('running ') == 2
+  fourth = run('fourth')
+  assert fourth.wait(600) == 0, text('fourth')
+  check_summary(folder, text('fourth'))
