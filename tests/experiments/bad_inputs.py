@@ -436,8 +436,8 @@ CASES: dict[str, tuple[Case, ...]] = {
       'a folder without text',
       ('--config.data.path=empty',),
       "data.path='empty' holds no corpus:",
-      'expected {domain}.{train|validation|test}.jsonl[.gz|.zst] or .txt, {domain}/*.txt, or shards '
-      'train/*.jsonl[.gz|.zst]; found nothing',
+      'expected {domain}.{train|validation|test}.jsonl[.gz|.zst] or .txt, {domain}/*.txt, or '
+      'shards train/*.jsonl[.gz|.zst]; found nothing',
       (Damage('empty', lambda folder: (folder / 'empty').mkdir()),),
     ),
     Case(
