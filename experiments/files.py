@@ -111,7 +111,7 @@ def exclusive(folder: str | os.PathLike) -> Iterator[None]:
       file = stack.enter_context(Path(folder, '.lock').open('w'))
     except OSError as e:
       raise UserError(
-        f'{folder} cannot be a run directory ({e.strerror}); choose another --workdir'
+        f'cannot write into {folder}: {e.strerror}; choose a --workdir that you can write to'
       ) from e
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

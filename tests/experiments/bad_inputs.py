@@ -130,7 +130,7 @@ def set_lm(*items: str) -> str:
 
 BLOCKS = 'data/*/blocks/blocks/1.0.0'
 PREPARED = 'delete that folder and they are prepared again'
-OTHER_WORKDIR = 'choose another --workdir'
+OTHER_WORKDIR = 'choose a --workdir that you can write to'
 RESTORE = 'restore it from a copy'
 NUMBERS = json.dumps({'easy': 0.5, 'hard': 0.5})
 RESUMED = (copy('runs/done', 'runs/cut'), remove('runs/cut/result.json'))
@@ -436,8 +436,8 @@ CASES: dict[str, tuple[Case, ...]] = {
       'a folder without text',
       ('--config.data.path=empty',),
       "data.path='empty' holds no corpus:",
-      'expected {domain}.{train|validation|test}.jsonl[.gz|.zst] or .txt, or {domain}/*.txt; found '
-      'nothing',
+      'expected {domain}.{train|validation|test}.jsonl[.gz|.zst] or .txt, {domain}/*.txt, or '
+      'shards train/*.jsonl[.gz|.zst]; found nothing',
       (Damage('empty', lambda folder: (folder / 'empty').mkdir()),),
     ),
     Case(
@@ -770,13 +770,13 @@ CASES: dict[str, tuple[Case, ...]] = {
     Case(
       'a file',
       ('--workdir=text/easy.train.jsonl',),
-      'text/easy.train.jsonl cannot be a run directory (File exists);',
+      'cannot write into text/easy.train.jsonl: File exists;',
       OTHER_WORKDIR,
     ),
     Case(
       'a place that cannot be written',
       ('--workdir=text/easy.train.jsonl/run',),
-      'text/easy.train.jsonl/run cannot be a run directory (Not a directory);',
+      'cannot write into text/easy.train.jsonl/run: Not a directory;',
       OTHER_WORKDIR,
     ),
     Case(
@@ -837,7 +837,7 @@ CASES: dict[str, tuple[Case, ...]] = {
       'parameters from a folder that is not there',
       ('--config.checkpoint.init_from=runs/doen',),
       "config.checkpoint.init_from='runs/doen':",
-      'must be an existing run directory',
+      'must be an existing run directory or Hugging Face folder',
     ),
     Case(
       'parameters of another model',

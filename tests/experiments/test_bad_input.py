@@ -127,7 +127,8 @@ def test_a_folder_that_cannot_be_written(text, tmp_path):
   done = forked.run('experiments.main', *MAIN, folder=folder)
   assert (done.status, done.stderr) == (
     2,
-    'error: runs/new cannot be a run directory (Permission denied); choose another --workdir\n',
+    'error: cannot write into runs/new: Permission denied; choose a --workdir that you can write '
+    'to\n',
   )
 
 
