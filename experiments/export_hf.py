@@ -23,8 +23,9 @@ FLAGS = flags.FLAGS
 DTYPES = ('float32', 'bfloat16')
 
 
-def export(workdir: str, out: str, dtype: str = 'float32') -> Path:
-  """Writes the newest checkpoint of a run to the folder `out`, which must be new or empty."""
+def export(workdir: str, out: str, dtype: str = 'float32', step: str = '') -> Path:
+  """Writes a checkpoint of a run (the newest, that of a step, or 'best') to the folder `out`, which
+  must be new or empty."""
   if not out:
     raise UserError('--out is missing: give the folder to write')
   if dtype not in DTYPES:
@@ -40,7 +41,7 @@ def export(workdir: str, out: str, dtype: str = 'float32') -> Path:
 
   # In the host's memory, which is usually larger than a device's.
   mesh = make_mesh(devices=jax.local_devices(backend='cpu')[:1])
-  run = finished.open_run(workdir, config, mesh)
+  run = finished.open_run(workdir, config, mesh, step)
   hf.save(out, run.params, run.model, eot_id=run.tokenizer.eot_id, dtype=dtype)
   if not isinstance(run.tokenizer, ByteTokenizer):
     run.tokenizer.save(out)
@@ -63,6 +64,7 @@ def define_flags() -> None:
   flags.DEFINE_string('workdir', '', 'the directory of the run')
   flags.DEFINE_string('out', '', 'the folder to write; new or empty')
   flags.DEFINE_string('dtype', 'float32', ' or '.join(DTYPES))
+  flags.DEFINE_string('step', '', "which checkpoint: a step, or 'best'; empty: the newest")
   flags.DEFINE_string('describe', '', 'print the config keys that fit this folder, and exit')
 
 
@@ -70,7 +72,7 @@ def main(_: list[str]) -> None:
   if FLAGS.describe:
     print(describe(FLAGS.describe))
   else:
-    print(export(FLAGS.workdir, FLAGS.out, FLAGS.dtype))
+    print(export(FLAGS.workdir, FLAGS.out, FLAGS.dtype, FLAGS.step))
 
 
 if __name__ == '__main__':

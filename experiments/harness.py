@@ -27,6 +27,7 @@ from experiments.evaluate import open_config
 
 FLAGS = flags.FLAGS
 FILE = 'harness.json'
+_PATIENCE = 24 * 3600  # seconds; a process that has died is noticed much earlier
 Tokens = Sequence[int]
 
 
@@ -83,10 +84,13 @@ class Scorer:
       UserError: a continuation is longer than the window.
     """
     rows = [self._joined(*pair) for pair in pairs]
+    starts = range(0, len(rows), self._rows)
+    if starts:
+      _announce(len(starts))
     # The longest first: if the memory does not suffice, it shows at once.
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     results: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
-    for start in tqdm(range(0, len(order), self._rows), desc='scoring', disable=None):
+    for start in tqdm(starts, desc='scoring', disable=None):
       chosen = order[start : start + self._rows]
       tokens, scored = self._empty(self._length(len(rows[chosen[0]]) - 1))
       for row, i in enumerate(chosen):
@@ -101,12 +105,13 @@ class Scorer:
 
   def follow(self) -> None:
     """Computes what the first process scores, until it stops."""
-    while length := int(_tell(np.int32(0))):
-      self._compute(*_tell(self._empty(length)))
+    while batches := _announce(0):
+      for _ in range(batches):
+        self._compute(*_tell(self._empty(int(_tell(np.int32(0))))))
 
   def stop(self) -> None:
     """Lets the other processes go."""
-    _tell(np.int32(0))
+    _announce(0)
 
   def _joined(self, context: Tokens, continuation: Tokens) -> list[int]:
     if len(continuation) > self.window:
@@ -121,6 +126,17 @@ class Scorer:
 
   def _length(self, needed: int) -> int:
     return min(self.window, max(32, 1 << (needed - 1).bit_length()))
+
+
+def _announce(batches: int) -> int:
+  """How many batches the first process has, on all of them, which may have waited long for it.
+
+  A collective would not: devices give up on each other after a while.
+  """
+  from experiments import hosts
+
+  hosts.barrier('the next batches', _PATIENCE)
+  return int(_tell(np.int32(batches)))
 
 
 def _tell(value: Any) -> Any:
@@ -176,12 +192,12 @@ def make_model(scorer: Scorer, tokenizer: Any) -> Any:
 def evaluate(
   workdir: str, tasks: Sequence[str], *, include_path: str = '', limit: int = 0,
   num_fewshot: int = -1, batch_size: int = 16, fsdp: int = 1, tensor: int = 1,
-  processes: tuple[str, int, int] = ('', 0, -1),
+  step: str = '', processes: tuple[str, int, int] = ('', 0, -1),
 ) -> dict[str, Any] | None:  # fmt: skip
-  """Scores the newest checkpoint of a run.
+  """Scores a checkpoint of a run: the newest, that of a step, or 'best'.
 
   Args:
-    processes: see `experiments.mesh.initialize_distributed`.
+    processes: see `experiments.hosts.initialize`.
 
   Returns:
     What the harness does; on all processes but the first, None.
@@ -196,22 +212,24 @@ def evaluate(
   if importlib.util.find_spec('lm_eval') is None:
     raise UserError("lm-eval is not installed: pip install 'jaxrw[eval]'")
 
+  from experiments import hosts
+
+  hosts.initialize(*processes)
   import jax
 
-  from experiments import mesh as mesh_lib
-
-  mesh_lib.initialize_distributed(*processes)
   from experiments import finished
+  from experiments.mesh import make_mesh
 
-  mesh = mesh_lib.make_mesh(fsdp=fsdp, tensor=tensor)
-  run = finished.open_run(workdir, config, mesh)
-  scorer = Scorer(run, mesh, batch_size)
-  if jax.process_index() > 0:
-    return scorer.follow()
-  try:
-    return _ask(make_model(scorer, run.tokenizer), tasks, include_path, limit, num_fewshot)
-  finally:
+  with hosts.ending_together():
+    mesh = make_mesh(fsdp=fsdp, tensor=tensor)
+    run = finished.open_run(workdir, config, mesh, step)
+    scorer = Scorer(run, mesh, batch_size)
+    if jax.process_index() > 0:
+      return scorer.follow()
+    model = make_model(scorer, run.tokenizer)
+    results = _ask(model, tasks, include_path, limit, num_fewshot)
     scorer.stop()
+    return results
 
 
 def _ask(model, tasks, include_path, limit, num_fewshot) -> dict[str, Any]:
@@ -246,6 +264,7 @@ def define_flags() -> None:
   flags.DEFINE_string('include_path', '', 'a folder with tasks of your own')
   flags.DEFINE_integer('limit', 0, 'questions of each task; 0: all')
   flags.DEFINE_integer('num_fewshot', -1, "solved questions in the context; -1: the task's number")
+  flags.DEFINE_string('step', '', "which checkpoint: a step, or 'best'; empty: the newest")
   flags.DEFINE_integer('batch_size', 16, 'rows at a time, over all devices')
   flags.DEFINE_integer('fsdp', 1, 'devices that share the parameters, as config.mesh.fsdp')
   flags.DEFINE_integer('tensor', 1, 'devices that share each matrix, as config.mesh.tensor')
@@ -258,7 +277,7 @@ def main(_: list[str]) -> None:
   results = evaluate(
     FLAGS.workdir, FLAGS.tasks, include_path=FLAGS.include_path, limit=FLAGS.limit,
     num_fewshot=FLAGS.num_fewshot, batch_size=FLAGS.batch_size, fsdp=FLAGS.fsdp,
-    tensor=FLAGS.tensor,
+    tensor=FLAGS.tensor, step=FLAGS.step,
     processes=(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id),
   )  # fmt: skip
   if results is not None:

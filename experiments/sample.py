@@ -96,17 +96,12 @@ def sample(
 
   import jax
 
-  from experiments import checkpoints, models
+  from experiments import finished
+  from experiments.mesh import make_mesh
   from experiments.models import lm
 
-  which = checkpoints.resolve_step(config, step)
-  tokenizer = open_tokenizer(config.data)
-  model = models.from_config(
-    config.model, vocab_size=tokenizer.vocab_size, seq_len=config.data.seq_len
-  )
-  model = dataclasses.replace(model, dropout=0.0, attention='xla')
-  shapes = jax.eval_shape(functools.partial(lm.init, cfg=model), jax.random.key(0))
-  params = checkpoints.restore_params(workdir, shapes, which=which)
+  run = finished.open_run(workdir, config, make_mesh(devices=jax.local_devices()[:1]), step)
+  model, tokenizer = dataclasses.replace(run.model, attention='xla'), run.tokenizer
 
   def logits_fn(params, tokens):
     # A padded vocabulary has rows that no token stands for.
@@ -115,22 +110,11 @@ def sample(
   # Every document of the training text follows an end-of-text token.
   ids = np.concatenate([[tokenizer.eot_id], tokenizer.encode(prompt)])
   tokens = generate(
-    logits_fn, params, ids, window=config.data.seq_len, num_tokens=num_tokens,
+    logits_fn, run.params, ids, window=config.data.seq_len, num_tokens=num_tokens,
     temperature=temperature, top_k=top_k, seed=seed,
   )  # fmt: skip
   ends = np.flatnonzero(tokens == tokenizer.eot_id)
   return tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens)
-
-
-def open_tokenizer(data_config: Any) -> Any:
-  """The tokenizer of a run; one that was learned from the text lives with the prepared data."""
-  if data_config.tokenizer.startswith('bpe:'):
-    from experiments.data.corpus import open_corpus
-
-    return open_corpus(data_config).tokenizer
-  from experiments.data.tokenizers import load_tokenizer
-
-  return load_tokenizer(data_config.tokenizer)
 
 
 def define_flags() -> None:
