@@ -31,9 +31,9 @@ def get_config(arg=''):
   switches = common.parse_arg(
     arg,
     size='tiny',
-    length=2048,
-    batch=256,
-    fsdp=-1,
+    length=0,
+    batch=0,
+    fsdp=0,
     tensor=1,
     path='',
     name='',
@@ -53,22 +53,26 @@ def get_config(arg=''):
   config.model.update(name='llama', n_layer=layers, n_head=heads, n_kv_head=kv_heads)
   config.model.update(n_embd=width, d_ff=hidden)
   if switches.size != 'tiny':
-    pretraining(config, switches)
+    pretraining(config)
+  config.data.seq_len = switches.length or config.data.seq_len
+  config.batch_size = config.eval.batch_size = switches.batch or config.batch_size
+  if switches.fsdp:
+    config.mesh.update(data=1 if switches.fsdp == -1 else -1, fsdp=switches.fsdp)
+  config.mesh.tensor = switches.tensor
   common.set_weighting(config, switches.weighting)
   common.set_mixture(config, switches.mixture)
   return common.quick(config) if switches.quick else config
 
 
-def pretraining(config, switches):
+def pretraining(config):
   """A pod's recipe, in place."""
   config.total_steps = 50_000
-  config.batch_size = switches.batch
-  config.data.seq_len = switches.length
+  config.batch_size = 256
+  config.data.seq_len = 2048
   config.model.update(vocab_size=32_000, dtype='bfloat16', remat='full', loss_chunk=512)
   config.optim.update(lr=3e-4, warmup_steps=2_000, final_lr_ratio=0.1)
   config.w.loss.start = 2_000
-  config.mesh.update(data=1 if switches.fsdp == -1 else -1)
-  config.mesh.update(fsdp=switches.fsdp, tensor=switches.tensor)
-  config.eval.update(every=1_000, batch_size=switches.batch, max_blocks=2_048)
+  config.mesh.update(data=1, fsdp=-1)
+  config.eval.update(every=1_000, max_blocks=2_048)
   config.checkpoint.every = 1_000
   config.log.update(every=50, examples_every=50)

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from experiments import files, hosts
@@ -75,7 +77,10 @@ class Checkpoints:
 
   def latest_step(self) -> int | None:
     """The step of the newest good checkpoint, or None. A save in progress does not count."""
-    return max(committed_steps(self.directory), default=None)
+    newest = max(committed_steps(self.directory), default=-1)
+    if jax.process_count() > 1:  # a network file system may show another its older listing
+      newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
+    return newest if newest >= 0 else None
 
   def save(
     self,

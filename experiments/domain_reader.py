@@ -227,8 +227,7 @@ def _basis_drawer(
       ids,
       mesh_lib.row_shards(mesh),
       domain_ids=drawn_by,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      local_rows=mesh_lib.local_rows(mesh),
     )
 
   return draw
@@ -260,8 +259,7 @@ def _drawer(
       'train',
       first + index * have[domain] // size,
       mesh_lib.row_shards(mesh),
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      local_rows=mesh_lib.local_rows(mesh),
     )
 
   return draw

@@ -37,7 +37,7 @@ def report(run: Run, uniform: Run | None = None) -> dict[str, Any]:
     'mesh': dict(run.mesh.shape),
     'device': device.device_kind,
     'devices': run.mesh.size,
-    'hosts': mesh_lib.host_count(run.mesh),
+    'hosts': len({device.process_index for device in run.mesh.devices.flat}),
     'memory': chip.memory if chip else None,
     'tokens_per_step': config.batch_size * config.data.seq_len,
     'steps': config.total_steps,
@@ -77,7 +77,7 @@ def report(run: Run, uniform: Run | None = None) -> dict[str, Any]:
     found['advice'] = advice(run, found['memory'])
   if chip is not None:
     found['bound'] = bound(found, chip)
-  if run.read_domains is not None:
+  if run.read_domains is not None and device in jax.devices():
     times, flops = readings(run)
     found['readings'] = {'times': times, 'matmul_flops': flops}
   if uniform is not None:
@@ -318,21 +318,20 @@ def batch_shapes(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
   """A global batch's shapes, dtypes and shardings, also for devices that are not here."""
   rows = mesh_lib.batch_sharding(run.mesh)
   struct = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows)
-  return jax.tree.map(struct, dict(_first_rows(run, 0, 1)))
+  return jax.tree.map(struct, dict(_first_rows(run, np.arange)))
 
 
 def any_batch(run: Run) -> dict[str, jax.Array]:
   """A batch of the right shape, without touching the run's own position in the data."""
-  return run.to_global(_first_rows(run, jax.process_index(), jax.process_count()))
+  return run.to_global(_first_rows(run, mesh_lib.local_rows(run.mesh)))
 
 
-def _first_rows(run: Run, process_index: int, process_count: int) -> dict[str, np.ndarray]:
+def _first_rows(run: Run, local_rows: pipeline.LocalRows) -> dict[str, np.ndarray]:
   batches = pipeline.eval_batches(
     run.corpus,
     split='train',
     batch_size=run.config.batch_size,
     max_blocks=run.config.batch_size,
-    process_index=process_index,
-    process_count=process_count,
+    local_rows=local_rows,
   )
   return next(batches)

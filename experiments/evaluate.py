@@ -33,7 +33,7 @@ def evaluate(
   config = open_config(workdir)
   if max_blocks < 0:
     raise UserError(f'--max_blocks={max_blocks}: must be at least 0, which takes all blocks')
-  config.mesh.update(data=1, fsdp=1)
+  config.mesh.update(dict.fromkeys(config.mesh, 1))
 
   import jax
 

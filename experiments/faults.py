@@ -47,7 +47,7 @@ from experiments.verdict import format_table
 FLAGS = flags.FLAGS
 PROGRAM = ('-m', 'experiments.main')
 RECORD_ALL = {'log.every': 1, 'log.examples_every': 1, 'log.ledger': True}
-QUIET = {'log.tensorboard': False, 'log.progress': False}
+QUIET = {'log.tensorboard': False, 'log.progress': False, 'log.wandb': ''}
 DURING = ('save', 'step', 'start', 'save', 'step', 'evaluation')
 SIGNALS = {'kill': ('SIGKILL',), 'term': ('SIGTERM',), 'mixed': ('SIGKILL', 'SIGTERM')}
 POLL = 0.004  # seconds
@@ -455,7 +455,7 @@ def read_outcome(workdir: Path) -> Outcome:
   results = files.read_json(workdir / 'result.json')
   results.pop('seconds', None)
   config = config_lib.read(workdir)
-  config.mesh.update(data=1, fsdp=1)
+  config.mesh.update(dict.fromkeys(config.mesh, 1))
   run = train.build(config, jax.devices()[:1])
   with checkpoints.Checkpoints(workdir / 'checkpoints', keep=config.checkpoint.keep) as opened:
     state, results['data_state'], _ = opened.restore(run.abstract_state, config.total_steps)

@@ -139,7 +139,7 @@ def devices(topology: Topology) -> list[Any]:
   if topology.platform != 'tpu':
     return jax.devices()
   # A v4 chip's two cores act as one device, as they do on the machine.
-  config = {'chip_config_name': 'megachip'} if topology.name.startswith('v4:') else {}
+  config = {'chip_config_name': 'megacore'} if topology.name.startswith('v4:') else {}
   try:
     made = topologies.get_topology_desc(
       platform='tpu', topology_name=topology.name, num_slices=topology.count, **config

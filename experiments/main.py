@@ -118,6 +118,12 @@ def dry_run() -> None:
   from experiments import dry_run, files, train
 
   config, origin = resolved_config()
+  for key, value in (('reference', config.reference), ('target.domain', config.target.domain)):
+    if value and topology.platform == 'tpu':
+      raise UserError(
+        f'config.{key}={value!r} is read onto devices, and those of --compile_for='
+        f'{_COMPILE_FOR.value} are not here: leave it out, or use --compile_for=cpu:8'
+      )
   train.say(config_lib.format_config(config, *origin))
   devices = hardware.devices(topology)
   run, uniform = train.build(config, devices), None

@@ -9,7 +9,7 @@ places the communication, and the program reads as if there were one device.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ def make_mesh(
   between slices is slow.
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices, or tear a slice or host apart.
+    UserError: the sizes do not multiply to the number of devices, or tear a slice apart.
   """
   devices = jax.devices() if devices is None else list(devices)
   count, sizes = len(devices), {'data': data, 'fsdp': fsdp, 'tensor': tensor}
@@ -47,35 +47,31 @@ def make_mesh(
       'them may be -1 for the rest'
     )
   data, fsdp, tensor = (size if size != -1 else count // product for size in sizes.values())
-  slices = len({getattr(d, 'slice_index', 0) for d in devices})
+  # A GPU has a slice_index as well, which is its host's.
+  slices = len({getattr(d, 'slice_index', 0) for d in devices if d.platform == 'tpu'}) or 1
   if data % slices:
     raise UserError(
       f'mesh.data={data} must be a multiple of the {slices} slices, which hold {count // slices} '
       'devices each: make mesh.fsdp or mesh.tensor smaller'
     )
-  local = count // len({d.process_index for d in devices})
-  if local % tensor:
-    raise UserError(
-      f'mesh.tensor={tensor} must divide the {local} devices of a host, which reads the same rows '
-      'for all of them'
-    )
   types = (AxisType.Auto,) * len(AXES)
+  shape = (data, fsdp, tensor)
+  split = {'allow_split_physical_axes': True}
   if slices > 1:
     inside, across = (data // slices, fsdp, tensor), (slices, 1, 1)
-    grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+    grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, **split)
     return Mesh(grid, AXES, axis_types=types)
-  return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types, devices=devices)
+  try:
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+  except (NotImplementedError, ValueError):
+    # An axis has to take part of the chips along a wire, or these are GPUs of several hosts.
+    return Mesh(mesh_utils.create_device_mesh(shape, devices, **split), AXES, axis_types=types)
 
 
 def row_shards(mesh: Mesh | Mapping[str, int]) -> int:
   """How many different parts a batch is cut into."""
   sizes = dict(getattr(mesh, 'shape', mesh))
   return int(np.prod([sizes.get(axis, 1) for axis in ROWS]))
-
-
-def host_count(mesh: Mesh) -> int:
-  """How many processes its devices belong to."""
-  return len({device.process_index for device in mesh.devices.flat})
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -138,29 +134,50 @@ def _axes_size(axes: str | tuple[str, ...], mesh_shape: Mapping[str, int]) -> in
   return int(np.prod([mesh_shape[name] for name in names]))
 
 
-def to_global(local_batch: Any, mesh: Mesh) -> Any:
-  """Assembles each process's rows (NumPy, axis 0) into jax arrays that span the mesh."""
+def local_rows(mesh: Mesh) -> Callable[[int], np.ndarray]:
+  """(rows of a batch) -> those that the devices of this process hold, ascending, int64[n].
+
+  On a pod they need not be neighbors, because a mesh follows the wires between chips; and processes
+  along `tensor` hold the same.
+  """
   sharding = batch_sharding(mesh)
-  put = lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+
+  def rows(batch_size: int) -> np.ndarray:
+    held = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
+
+  return rows
+
+
+def to_global(local_batch: Any, mesh: Mesh) -> Any:
+  """Assembles the `local_rows` of every process (NumPy, axis 0) into arrays that span the mesh."""
+  sharding, shards = batch_sharding(mesh), row_shards(mesh)
+  rows_of = local_rows(mesh)
+  local_shards = len(rows_of(shards))
+
+  def put(leaf):
+    leaf = np.asarray(leaf)
+    batch_size = leaf.shape[0] * shards // local_shards
+    rows = rows_of(batch_size)
+    part = lambda index: leaf[np.searchsorted(rows, np.arange(batch_size)[index[0]])]
+    return jax.make_array_from_callback((batch_size, *leaf.shape[1:]), sharding, part)
+
   return jax.tree.map(put, local_batch)
 
 
-def check_batch(
-  batch_size: int, microbatches: int, mesh: Mesh | Mapping[str, int], process_count: int = 1
-) -> None:
+def check_batch(batch_size: int, microbatches: int, mesh: Mesh | Mapping[str, int]) -> None:
   """Checks that the parts of every microbatch have the same number of rows.
 
   Args:
     batch_size: global rows of a step.
     microbatches: how many parts the step is computed in.
     mesh: the mesh, or its sizes by axis name.
-    process_count: processes that read equal shares of the rows.
 
   Raises:
     UserError: names the nearest batch sizes that fit.
   """
   shards = row_shards(mesh)
-  unit = int(np.lcm(shards * microbatches, process_count))
+  unit = shards * microbatches
   if batch_size < 1 or batch_size % unit:
     below, above = batch_size // unit * unit, (batch_size // unit + 1) * unit
     fix = f'{below} or {above}' if below > 0 else f'{above}'

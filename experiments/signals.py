@@ -178,8 +178,7 @@ def target_reader(
     split='train' if anchored else config.eval.split,
     blocks=config.target.blocks,
     multiple=mesh_lib.row_shards(mesh),
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    local_rows=mesh_lib.local_rows(mesh),
   )
   batch = mesh_lib.to_global(local, mesh)
 

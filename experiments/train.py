@@ -81,9 +81,8 @@ class Run:
 def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
   """Opens the data and prepares the jitted functions; raises every error that needs no training."""
   mesh = mesh_lib.make_mesh(**config.mesh, devices=devices)
-  hosts = mesh_lib.host_count(mesh)
-  mesh_lib.check_batch(config.batch_size, config.microbatches, mesh, hosts)
-  mesh_lib.check_batch(config.eval.batch_size, 1, mesh, hosts)
+  mesh_lib.check_batch(config.batch_size, config.microbatches, mesh)
+  mesh_lib.check_batch(config.eval.batch_size, 1, mesh)
   keep = signals.make_keep(config, mesh_lib.row_shards(mesh))
   signals.make_weighting(config)  # its mistakes before the data are opened
   tx, schedule = optim.make_optimizer(config.optim, config.total_steps, nonfinite=config.nonfinite)
@@ -296,8 +295,7 @@ def _train(run: Run, workdir: Path, primary: bool, session: provenance.Session) 
       proportions=run.proportions,
       live=live,
       max_epochs=config.mixture.max_epochs,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      local_rows=mesh_lib.local_rows(run.mesh),
       prefetch=config.data.prefetch,
     )
     state, start = resume_or_start(run, saver, data)
@@ -392,8 +390,7 @@ def evaluate(run: Run, params: Any, split: str, max_blocks: int = 0) -> dict[str
     split=split,
     batch_size=run.config.eval.batch_size,
     max_blocks=max_blocks,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    local_rows=mesh_lib.local_rows(run.mesh),
   )
   return language.evaluate(run.eval_step, params, batches, run.to_global, run.corpus.domains)
 

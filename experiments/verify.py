@@ -168,7 +168,7 @@ def rerun(workdir: str) -> str:
   folder, config = Path(workdir), config_lib.read(workdir)
   if not (folder / 'result.json').is_file():
     raise UserError(f'{workdir} is not finished: run its command again before --rerun')
-  config.log.update(progress=False, tensorboard=False)
+  config.log.update(progress=False, tensorboard=False, wandb='')
   from experiments import train
 
   with tempfile.TemporaryDirectory() as again:

@@ -4,6 +4,8 @@
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$0")/common.sh" "$@"
 path=${rest[0]:?RUN is missing: a run directory}
+# What a copy that was killed between its two moves has left.
+if [[ ! -d $path && -d $path.old ]]; then run mv "$path.old" "$path"; fi
 
 [[ -d $path ]] || exit 0
 run tar -czf "$scratch/run.tgz" "$path"

@@ -5,7 +5,7 @@
 source "$(dirname "$0")/common.sh" "$@"
 root=$(cd "$(dirname "$0")/.." && pwd)
 
-run tar -czf "$scratch/tree.tgz" -C "$root" --exclude=./.git --exclude=./runs --exclude='./.venv*' \
+run tar -czf "$scratch/tree.tgz" -C "$root" --exclude=./.git --exclude=./runs --exclude='./.venv*' --exclude=./.libtpu \
   --exclude=__pycache__ --exclude='*.egg-info' .
 copy all "$scratch/tree.tgz" "$TPU_NAME:$dir.tgz"
 # The hosts' own Python may be too old: uv brings one.

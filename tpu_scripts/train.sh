@@ -44,7 +44,7 @@ for ((attempt = 1; attempt <= ${TPU_ATTEMPTS:-20}; attempt++)); do
     "$here/fetch.sh" "$path" || say "the run could not be copied from $TPU_NAME"
   fi
   if [[ -n $asked && ! $status =~ ^(0|2|3)$ ]]; then exit 75; fi
-  if [[ $status -ne 75 ]]; then break; fi
+  if [[ $status -ne 75 && $status -ne 69 ]]; then break; fi
   say 'starting again'
   sleep "$poll"
 done

@@ -56,9 +56,10 @@ def measure(config: Any, layouts: list[str], counts: list[int], rows: int) -> li
   import jax
 
   from experiments import compiled, dry_run, train
+  from experiments import mesh as mesh_lib
 
-  if unknown := [layout for layout in layouts if layout not in config.mesh]:
-    raise UserError(f'--layouts={unknown[0]}: must be among {", ".join(config.mesh)}')
+  if unknown := [layout for layout in layouts if layout not in mesh_lib.ROWS]:
+    raise UserError(f'--layouts={unknown[0]}: must be among {", ".join(mesh_lib.ROWS)}')
   if max(counts) > len(jax.devices()):
     raise UserError(f'--devices={max(counts)}: there are {len(jax.devices())}')
   record = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from jaxrw.mixtures import planner as planning
 
 Batch = dict[str, np.ndarray]
 Live = Callable[[int], np.ndarray | None]
+LocalRows = Callable[[int], np.ndarray]
 
 
 class Closed(Exception):
@@ -30,8 +30,7 @@ def train_iterator(
   proportions: np.ndarray,
   live: Live | None = None,
   max_epochs: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
+  local_rows: LocalRows = np.arange,
   prefetch: int = 4,
 ) -> grain.DatasetIterator:
   """Endless training batches: this process' rows of each global batch.
@@ -48,18 +47,16 @@ def train_iterator(
     live: (step) -> the proportions of that step, counted from 0, instead; called where batches are
       planned, and may wait there. `Closed` ends the iterator.
     max_epochs: see `Planner`.
-    process_index, process_count: this process reads the `process_index`-th of `process_count` equal
-      parts of the rows.
+    local_rows: (rows of a batch) -> which of them this process reads; see `mesh.local_rows`.
     prefetch: batches that a thread reads ahead; 0 reads none.
 
   Returns:
     An iterator of {tokens, base, domain_id, example_id, num_bytes, sampling_prob[, weights]}.
 
   Raises:
-    UserError: if the rows do not divide evenly among the processes; while iterating, if every
-      domain with a share has been used up.
+    UserError: while iterating, if every domain with a share has been used up.
   """
-  rows = _local_rows(batch_size, process_index, process_count)
+  rows = local_rows(batch_size)
   planner = planning.Planner(corpus.sizes('train'), batch_size, proportions, seed, max_epochs)
   offsets = corpus.offsets('train')
 
@@ -79,8 +76,7 @@ def eval_batches(
   split: str,
   batch_size: int,
   max_blocks: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
+  local_rows: LocalRows = np.arange,
 ) -> Iterator[Batch]:
   """Batches of fixed shape that go once through the blocks of every domain, in order.
 
@@ -89,13 +85,13 @@ def eval_batches(
     split: which split.
     batch_size: rows of the global batch.
     max_blocks: of each domain, spread evenly over it; 0 takes all.
-    process_index, process_count: as in `train_iterator`.
+    local_rows: as in `train_iterator`.
 
   Yields:
     As `train_iterator`, with `sampling_prob` 1 and without `weights`. Rows beyond the end have base
     0, num_bytes 0, domain_id 0 and example_id -1.
   """
-  rows = _local_rows(batch_size, process_index, process_count)
+  rows = local_rows(batch_size)
   ids = _spread(corpus.sizes(split), max_blocks)
   for start in range(0, ids.size, batch_size):
     global_ids = np.full(batch_size, -1, np.int64)
@@ -111,8 +107,7 @@ def domain_batch(
   split: str,
   blocks: int,
   multiple: int = 1,
-  process_index: int = 0,
-  process_count: int = 1,
+  local_rows: LocalRows = np.arange,
 ) -> Batch:
   """One batch of up to `blocks` blocks spread evenly over a domain, as `eval_batches` yields them.
 
@@ -130,14 +125,7 @@ def domain_batch(
   size = int(corpus.sizes(split)[index])
   count = min(size, blocks)
   ids = [corpus.example_id(index, i * size // count, split) for i in range(count)]
-  return padded_rows(
-    corpus,
-    split,
-    ids,
-    multiple,
-    process_index=process_index,
-    process_count=process_count,
-  )
+  return padded_rows(corpus, split, ids, multiple, local_rows=local_rows)
 
 
 def padded_rows(
@@ -147,17 +135,16 @@ def padded_rows(
   multiple: int = 1,
   *,
   domain_ids: np.ndarray | None = None,
-  process_index: int = 0,
-  process_count: int = 1,
+  local_rows: LocalRows = np.arange,
 ) -> Batch:
   """This process' rows of one batch of given blocks, as `eval_batches` yields them; rows of padding
-  follow until the global batch is a multiple of `multiple` and of the number of processes.
+  follow until the global batch is a multiple of `multiple`.
 
   `domain_ids`, int32[N], stand in the place of the domains that the blocks belong to.
   """
-  padding = -len(example_ids) % math.lcm(multiple, process_count)
+  padding = -len(example_ids) % multiple
   ids = np.append(np.asarray(example_ids, np.int64), np.full(padding, -1))
-  local = _local_rows(ids.size, process_index, process_count)
+  local = local_rows(ids.size)
   batch = _rows_or_padding(corpus, split, ids[local])
   if domain_ids is not None:
     batch['domain_id'] = np.append(domain_ids, np.zeros(padding, domain_ids.dtype))[local]
@@ -202,16 +189,6 @@ class _PlanIterator(grain.DatasetIterator):
         f'{self._fingerprint[:12]}); restore the data or start in a new workdir'
       )
     self._state = planning.state_from_dict(state)
-
-
-def _local_rows(batch_size: int, process_index: int, process_count: int) -> slice:
-  if batch_size < 1 or batch_size % process_count:
-    raise UserError(
-      f'batch_size={batch_size} does not divide among {process_count} processes; '
-      f'use a multiple of {process_count}'
-    )
-  local = batch_size // process_count
-  return slice(process_index * local, (process_index + 1) * local)
 
 
 def _spread(sizes: np.ndarray, max_blocks: int) -> np.ndarray:

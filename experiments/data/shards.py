@@ -7,6 +7,7 @@ hours to read. So what was found is kept, by size and time of change of each fil
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,5 +84,11 @@ def domain_of(record: Any, key: str, where: str) -> str:
 
 
 def _paths(folder: Path) -> list[Path]:
-  found = (path for path in folder.rglob('*.jsonl*') if path.name.endswith(_KINDS))
-  return sorted(path for path in found if path.is_file() and not path.name.startswith('.'))
+  """The shards of a split; folders that are links are followed, each once."""
+  found, seen = [], set()
+  for where, folders, names in os.walk(folder, followlinks=True):
+    seen.add(os.path.realpath(where))
+    folders[:] = [name for name in folders if os.path.realpath(Path(where, name)) not in seen]
+    paths = (Path(where, name) for name in names if name.endswith(_KINDS))
+    found += [path for path in paths if path.is_file() and not path.name.startswith('.')]
+  return sorted(found)

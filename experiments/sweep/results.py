@@ -82,15 +82,16 @@ def write(units: Sequence[Unit], metric: str, folder: Path) -> str:
   return f'{text(found, metric)}\n\n' + '\n'.join(map(str, paths))
 
 
-def rows(units: Iterable[Unit]) -> list[dict[str, Any]]:
+def rows(units: Sequence[Unit]) -> list[dict[str, Any]]:
   """One row for each unit: its overrides, its state, its final numbers."""
+  metrics = _metrics(units)
   return [
     {
       'unit': unit.name,
       **{key: _cell(value) for key, value in unit.overrides.items()},
       'state': 'diverged' if unit.run.diverged else 'done' if unit.run.finished else 'unfinished',
       **{name: (unit.run.result or {}).get(name) for name in ('steps', 'tokens', 'seconds')},
-      **{name: _finite(unit.run.value(name)) for name in _metrics(units)},
+      **{name: _finite(unit.run.value(name)) for name in metrics},
     }
     for unit in units
   ]

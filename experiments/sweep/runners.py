@@ -27,6 +27,7 @@ from experiments.sweep.units import Unit
 Command = Callable[[Unit], list[str]]
 CUDA = 'CUDA_VISIBLE_DEVICES'
 PAUSES = (1, 5, 30, 60)  # seconds, after a command of SLURM that failed
+SHARE = 'share.json'  # the processors and GPUs of a unit, for a launcher that comes later
 YEAR = 60 * 24 * 365  # minutes
 
 
@@ -47,6 +48,7 @@ class Local:
     shares = processor_shares(jobs) if jobs > 1 else [set()]
     self._free = list(zip(shares, gpu_shares(jobs, gpus)))
     self._started: dict[str, tuple[submitit.Job, Any]] = {}
+    self._left: list[Unit] = []
     self._executor = submitit.AutoExecutor(folder / 'submitit', cluster='local')
     self._executor.update_parameters(timeout_min=YEAR)
 
@@ -56,11 +58,10 @@ class Local:
       if job.done():
         del self._started[name]
         self._free.append(share)
-    return {
-      unit.name: 'running'
-      for unit in units
-      if unit.name in self._started or worker.is_held(unit.job)
-    }
+    # What an earlier launcher has started, and has not ended.
+    self._left = [u for u in units if u.name not in self._started and worker.is_held(u.job)]
+    running = {*self._started, *(unit.name for unit in self._left)}
+    return {unit.name: 'running' for unit in units if unit.name in running}
 
   def room(self, alive: Mapping[str, str]) -> int:
     """How many more may be started now."""
@@ -68,8 +69,12 @@ class Local:
 
   def start(self, units: Sequence[Unit]) -> None:
     """Starts units, not more than there is room for."""
+    taken = [_share(unit) for unit in self._left]
     for unit in units:
-      processors, visible = share = self._free.pop(0)
+      share = next((share for share in self._free if _plain(share) not in taken), self._free[0])
+      self._free.remove(share)
+      processors, visible = share
+      files.write_json(unit.job / SHARE, _plain(share))
       with _away_from_the_terminal():
         job = self._executor.submit(
           worker.run, self._command(unit), str(unit.job.absolute()),
@@ -196,6 +201,17 @@ def _cache(folder: Path) -> dict[str, str]:
   """Where compiled programs are kept, for the units to share, unless the user has said where."""
   name = 'JAX_COMPILATION_CACHE_DIR'
   return {name: os.environ.get(name) or str((folder / '.jax_cache').absolute())}
+
+
+def _plain(share: tuple[set[int], str | None]) -> list:
+  """A share as JSON has it."""
+  return [sorted(share[0]), share[1]]
+
+
+def _share(unit: Unit) -> list | None:
+  """What a unit was started with; None where nobody noted it."""
+  path = unit.job / SHARE
+  return files.read_json(path) if path.is_file() else None
 
 
 def gpu_shares(jobs: int, gpus: int) -> list[str | None]:

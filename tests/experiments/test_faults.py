@@ -223,7 +223,7 @@ def test_what_a_kill_costs(pretended):
   ],
 )
 def test_a_program_with_a_fault_loses_kills(pretended, fault, problem):
-  found = pretended(fault, patience=3.0)
+  found = pretended(fault, patience=20.0)
   assert problem in found['problems'][0]
   assert found['kills_lost'] >= 1
   assert bool(found['checkpoints_lost']) == (fault == 'damages')

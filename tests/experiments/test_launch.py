@@ -523,6 +523,21 @@ def test_units_of_a_launcher_that_is_gone_are_found_and_can_be_stopped(sweep):
   assert unit.status is None
 
 
+def test_what_a_launcher_that_is_gone_has_dealt_out_is_not_dealt_out_again(sweep, monkeypatch):
+  monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+  unit, other = sweep.units
+  forever = lambda unit: python('import time; time.sleep(600)')
+  runners.Local(sweep.folder, forever, jobs=2, gpus=1).start([unit])
+  wait_until(lambda: worker.is_held(unit.job) and (unit.job / 'lock').read_text())
+  runner = runners.Local(sweep.folder, trainer, jobs=2, gpus=1)
+  assert runner.room(runner.alive(sweep.units)) == 1
+  runner.start([other])
+  wait_until(lambda: other.name not in runner.alive(sweep.units))
+  assert other.last_words() == 'from 0 visible 1'  # GPU 0 is taken
+  runner.stop([unit])
+  wait_until(ended(runner, sweep))
+
+
 def test_ctrl_c_reaches_the_launcher_only(sweep):
   """The terminal sends it to every process of its group."""
   unit = sweep.units[0]

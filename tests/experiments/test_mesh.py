@@ -1,7 +1,7 @@
 """Mesh sizes, layouts by path, and the checks a user meets before training."""
 
+import dataclasses
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,21 +46,23 @@ def test_tensor_devices_share_rows():
   mesh_lib.check_batch(4, 1, mesh)
 
 
-class FakeDevice(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
   """What makes a mesh of a pod's devices, as jax describes them."""
 
   id: int
   process_index: int
   slice_index: int
-  platform: str = 'gpu'
+  coords: tuple[int, ...]
+  core_on_chip: int = 0
+  platform: str = 'tpu'
   device_kind: str = 'fake'
 
 
 def fake_pod(slices, hosts, devices):
   """`slices` slices of `hosts` hosts each, every host with `devices` devices."""
-  return [
-    FakeDevice(i, i // devices, i // (hosts * devices)) for i in range(slices * hosts * devices)
-  ]
+  size = hosts * devices
+  return [FakeDevice(i, i // devices, i // size, (i % size, 0, 0)) for i in range(slices * size)]
 
 
 def test_only_data_goes_across_slices():
@@ -71,14 +73,39 @@ def test_only_data_goes_across_slices():
     assert len({d.slice_index for d in one_copy.flat}) == 1
 
 
-def test_a_slice_or_host_is_not_torn_apart():
-  pod = fake_pod(slices=2, hosts=2, devices=4)
+def test_a_slice_is_not_torn_apart():
   with pytest.raises(UserError) as error:
-    mesh_lib.make_mesh(1, 16, devices=pod)
+    mesh_lib.make_mesh(1, 16, devices=fake_pod(slices=2, hosts=2, devices=4))
   assert 'mesh.data=1 must be a multiple of the 2 slices, which hold 8' in one_line(error)
-  with pytest.raises(UserError) as error:
-    mesh_lib.make_mesh(2, 1, 8, devices=pod)
-  assert 'mesh.tensor=8 must divide the 4 devices of a host' in one_line(error)
+
+
+def test_gpus_of_several_hosts_are_no_slices():
+  gpus = [dataclasses.replace(d, platform='gpu') for d in fake_pod(slices=2, hosts=1, devices=4)]
+  assert dict(mesh_lib.make_mesh(1, 8, devices=gpus).shape)['fsdp'] == 8
+
+
+class Shuffled:
+  """A mesh's batch sharding as process 0 of two sees it, when the mesh alternates between them."""
+
+  def addressable_devices_indices_map(self, shape):
+    size = shape[0] // 8
+    return {i: (slice(i * size, (i + 1) * size),) for i in (0, 3, 4, 7)}
+
+
+def test_a_process_reads_the_rows_that_its_devices_hold(monkeypatch):
+  """On a pod neighbors along the mesh belong to different hosts."""
+  monkeypatch.setattr(mesh_lib, 'batch_sharding', lambda mesh: Shuffled())
+  rows = mesh_lib.local_rows(mesh_lib.make_mesh())
+  np.testing.assert_array_equal(rows(16), [0, 1, 6, 7, 8, 9, 14, 15])
+
+
+def test_devices_along_tensor_hold_the_same_rows():
+  mesh = mesh_lib.make_mesh(2, 1, 4)
+  np.testing.assert_array_equal(mesh_lib.local_rows(mesh)(6), np.arange(6))
+  batch = {'x': np.arange(12).reshape(6, 2)}
+  placed = mesh_lib.to_global(batch, mesh)['x']
+  np.testing.assert_array_equal(placed, batch['x'])
+  assert placed.sharding == mesh_lib.batch_sharding(mesh)
 
 
 def test_mesh_over_some_devices():
@@ -181,18 +208,11 @@ def test_pin_rows_lays_out_activations():
 
 
 @pytest.mark.parametrize(
-  ('batch_size', 'microbatches', 'sizes', 'processes'),
-  [
-    (16, 1, (8, 1), 1),
-    (16, 2, (2, 4), 1),
-    (16, 2, (2, 4), 4),
-    (5, 1, (1, 1), 1),
-    (6, 1, (2, 1), 2),
-  ],
+  ('batch_size', 'microbatches', 'sizes'),
+  [(16, 1, (8, 1)), (16, 2, (2, 4)), (5, 1, (1, 1)), (6, 1, (2, 1)), (4, 1, (2, 2, 8))],
 )
-def test_batches_that_fit(batch_size, microbatches, sizes, processes):
-  sizes = dict(zip(mesh_lib.AXES, sizes))
-  mesh_lib.check_batch(batch_size, microbatches, sizes, processes)
+def test_batches_that_fit(batch_size, microbatches, sizes):
+  mesh_lib.check_batch(batch_size, microbatches, dict(zip(mesh_lib.AXES, sizes)))
 
 
 @pytest.mark.parametrize(

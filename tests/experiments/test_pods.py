@@ -98,7 +98,7 @@ def test_a_pod_is_counted_as_before(model, topology, tmp_path):
   }
 
 
-def test_the_weighting_adds_two_scalars_on_every_pod():
+def test_the_weighting_adds_two_scalars_where_it_was_compared():
   """What the golden numbers say of LinUpper, for whichever compilers they are of."""
   golden = files.read_json(GOLDEN)
   assert golden

@@ -121,7 +121,7 @@ def test_a_call_that_never_returns(fake, tmp_path, capfd, name):
   fake(hangs=[name])
   start = time.monotonic()
   write(tmp_path / 'run', timeout=0.3)
-  assert 0.3 <= time.monotonic() - start < 5
+  assert 0.3 <= time.monotonic() - start < 30
   assert capfd.readouterr().err == (
     'note: W&B gets nothing more of this run (it did not finish within 0.3 s)\n'
   )
