@@ -165,13 +165,19 @@ def to_global(local_batch: Any, mesh: Mesh) -> Any:
   return jax.tree.map(put, local_batch)
 
 
-def check_batch(batch_size: int, microbatches: int, mesh: Mesh | Mapping[str, int]) -> None:
+def check_batch(
+  batch_size: int,
+  microbatches: int,
+  mesh: Mesh | Mapping[str, int],
+  name: str = 'batch_size',
+) -> None:
   """Checks that the parts of every microbatch have the same number of rows.
 
   Args:
     batch_size: global rows of a step.
     microbatches: how many parts the step is computed in.
     mesh: the mesh, or its sizes by axis name.
+    name: of the number, for the message.
 
   Raises:
     UserError: names the nearest batch sizes that fit.
@@ -182,7 +188,7 @@ def check_batch(batch_size: int, microbatches: int, mesh: Mesh | Mapping[str, in
     below, above = batch_size // unit * unit, (batch_size // unit + 1) * unit
     fix = f'{below} or {above}' if below > 0 else f'{above}'
     raise UserError(
-      f'batch_size={batch_size} is not divisible by {unit} ({_plural(shards, "device")} x '
+      f'{name}={batch_size} is not divisible by {unit} ({_plural(shards, "device")} x '
       f'{_plural(microbatches, "microbatch", "es")}): use {fix}'
     )
 

@@ -82,11 +82,12 @@ def build(config: Any, devices: Sequence[Any] | None = None) -> Run:
   """Opens the data and prepares the jitted functions; raises every error that needs no training."""
   mesh = mesh_lib.make_mesh(**config.mesh, devices=devices)
   mesh_lib.check_batch(config.batch_size, config.microbatches, mesh)
-  mesh_lib.check_batch(config.eval.batch_size, 1, mesh)
+  mesh_lib.check_batch(config.eval.batch_size, 1, mesh, 'eval.batch_size')
   keep = signals.make_keep(config, mesh_lib.row_shards(mesh))
   signals.make_weighting(config)  # its mistakes before the data are opened
   tx, schedule = optim.make_optimizer(config.optim, config.total_steps, nonfinite=config.nonfinite)
   corpus = corpus_lib.open_corpus(config.data)
+  corpus.sizes(config.eval.split)  # an unknown split, before training
   proportions = mixture_lib.proportions(config.data, corpus)
   context = mixing.context(config, corpus, proportions, schedule)
   mixture = mixing.make_mixture(config, context)

@@ -23,24 +23,8 @@ from absl import flags
 from experiments import cli
 from experiments.errors import UserError
 
-_CONFIG = cli.define_config()
-_LAYOUTS = flags.DEFINE_list('layouts', ['data', 'fsdp'], 'mesh axes to scale along, one by one')
-_ROWS = flags.DEFINE_integer('rows', 4, 'rows of a device', lower_bound=1)
-_DEVICES = flags.DEFINE_list('devices', ['1', '2', '4', '8'], 'how many devices')
-_JSON = flags.DEFINE_string('json', '', 'also write the numbers to this file')
-
+FLAGS = flags.FLAGS
 PARTS = ('gradients', 'parameters', 'rows', 'sums')
-
-
-def main(_) -> None:
-  counts = [int(n) if n.isdigit() and int(n) else _refuse(n) for n in _DEVICES.value]
-  os.environ.setdefault('JAX_NUM_CPU_DEVICES', str(max(counts)))
-  record = measure(_CONFIG.value, _LAYOUTS.value, counts, _ROWS.value)
-  print(format_table(record))
-  if _JSON.value:
-    from experiments import files
-
-    files.write_json(_JSON.value, record)
 
 
 def _refuse(text: str) -> int:
@@ -115,5 +99,21 @@ def format_table(record: list[dict[str, Any]]) -> str:
   return format_table(head, rows)
 
 
+def main(_: list[str]) -> None:
+  counts = [int(n) if n.isdigit() and int(n) else _refuse(n) for n in FLAGS.devices]
+  os.environ.setdefault('JAX_NUM_CPU_DEVICES', str(max(counts)))
+  record = measure(FLAGS.config, FLAGS.layouts, counts, FLAGS.rows)
+  print(format_table(record))
+  if FLAGS.json:
+    from experiments import files
+
+    files.write_json(FLAGS.json, record)
+
+
 if __name__ == '__main__':
+  cli.define_config()
+  flags.DEFINE_list('layouts', ['data', 'fsdp'], 'mesh axes to scale along, one by one')
+  flags.DEFINE_integer('rows', 4, 'rows of a device', lower_bound=1)
+  flags.DEFINE_list('devices', ['1', '2', '4', '8'], 'how many devices')
+  flags.DEFINE_string('json', '', 'also write the numbers to this file')
   cli.run(main)

@@ -77,7 +77,7 @@ def test_what_is_on_record(config, record, tmp_path):
   assert record['run']['tokenizer']['sha256'] == built.corpus.tokenizer.fingerprint
   (session,) = record['sessions']
   assert session['versions'] == train.versions()
-  assert session['mesh'] == {'data': 1, 'fsdp': 1}
+  assert session['mesh'] == {'data': 1, 'fsdp': 1, 'tensor': 1}
   assert session['environment']['JAX_PLATFORMS'] == 'cpu'
   assert (session['processes'], session['devices']) == (1, '1 x cpu')
   assert session['ended']['status'] == 'done'
