@@ -497,6 +497,13 @@ CASES: dict[str, tuple[Case, ...]] = {
       jsonl('{"content": "fine"}'),
     ),
     Case(
+      'a line of a shard that names no domain',
+      ('--config.data.path=shards', '--config.data.domain_key=meta.set'),
+      "shards/train/0.jsonl, line 1: no domain under 'meta.set';",
+      'add the field or set data.domain_key to its name',
+      (write('shards/train/0.jsonl', '{"text": "fine", "meta": {}}'),),
+    ),
+    Case(
       'a line that is not UTF-8',
       (),
       'text/web.train.jsonl, line 2: not UTF-8 at byte 13 of the line (0xe9);',
@@ -864,6 +871,28 @@ CASES: dict[str, tuple[Case, ...]] = {
     ),
   ),
   'Looking at runs': (
+    Case(
+      'weights of a model that ours do not compute',
+      ('--describe=hf',),
+      "hf/config.json: model_type='mamba' is not supported:",
+      'use gpt2 or llama',
+      (write('hf/config.json', '{"model_type": "mamba"}'),),
+      program='export_hf',
+    ),
+    Case(
+      'an export into a folder that holds something',
+      ('--workdir=runs/done', '--out=text'),
+      'text is there and not an empty folder;',
+      'choose another name',
+      program='export_hf',
+    ),
+    Case(
+      'a benchmark without tasks',
+      ('--workdir=runs/done',),
+      '--tasks is missing:',
+      'name some, such as --tasks=lambada_openai,piqa',
+      program='harness',
+    ),
     Case(
       'no run',
       (),
