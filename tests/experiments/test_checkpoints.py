@@ -553,7 +553,7 @@ def test_a_directory_that_cannot_be_written():
   assert out.splitlines() == [
     f'cannot save a checkpoint in {directory}: Permission denied; free space or choose another '
     '--workdir, then run the same command again: earlier checkpoints are intact',
-    f'{folder} cannot be a run directory (Permission denied); choose another --workdir',
+    f'cannot write into {folder}: Permission denied; choose a --workdir that you can write to',
   ]
   assert err == ''
 

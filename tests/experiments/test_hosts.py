@@ -190,5 +190,6 @@ time.sleep(me)
 raise UserError(f'process {me} is wrong')
 """
   for me, (status, _, err) in enumerate(map(end, pair(code))):
-    assert err.splitlines()[-1] == f'error: process {me} is wrong'
+    # jax may add that it misses the other.
+    assert f'error: process {me} is wrong' in err.splitlines()
     assert status == 2
