@@ -133,6 +133,7 @@ def uninterrupted(setup):
   return outcome(setup, workdir)
 
 
+@pytest.mark.slow
 def test_killed_while_a_checkpoint_is_written(setup, uninterrupted):
   workdir = setup[2] / 'during_save'
   running = start(setup, workdir)
@@ -155,6 +156,7 @@ def ask_to_stop(running: list[subprocess.Popen], told: int = 0) -> list[str]:
   return outputs
 
 
+@pytest.mark.slow
 def test_asked_to_stop_it_saves_where_it_is(setup, uninterrupted):
   """Twice, at steps where no checkpoint is due; the second time as soon as the program listens."""
   workdir = setup[2] / 'stopped'

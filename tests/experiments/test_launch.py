@@ -112,7 +112,7 @@ def test_the_command_of_a_unit_makes_its_config(tmp_path):
   assert command[1:4] == ['-m', 'experiments.main', f'--config={QUICKSTART}']
   code = (
     'import runpy, sys; from experiments import train, config\n'
-    f'train.train = lambda given, _: sys.exit(config.to_json(given))\n'
+    f'train.train = lambda given, *_, **__: sys.exit(config.to_json(given))\n'
     f'sys.argv = {command[2:]!r}\n'
     'runpy.run_module("experiments.main", run_name="__main__")\n'
   )
@@ -542,8 +542,9 @@ def test_ctrl_c_reaches_the_launcher_only(sweep):
   """The terminal sends it to every process of its group."""
   unit = sweep.units[0]
   code = f"""
-    import pathlib, time
+    import pathlib, signal, time
     from tests.experiments import test_launch as t
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore it
     sweep = t.make({str(sweep.folder)!r}, 'seed=0,1')
     t.runners.Local(sweep.folder, t.trainer, jobs=1).start(sweep.units[:1])
     time.sleep(600)
