@@ -191,6 +191,13 @@ def nearest(name: str, known) -> str:
   return f' (did you mean {close[0]!r}?)' if close else ''
 
 
+def implied_source(switches: ConfigDict) -> str:
+  """What `path` and `name` say of config.data.source: a folder, a TFDS dataset, or neither."""
+  if switches.path:
+    return 'folder'
+  return 'tfds' if switches.name else 'embedded'
+
+
 def set_weighting(config: ConfigDict, spec: str) -> None:
   """Makes `spec` the only weighting of `config`, in place; the burn-in `w.loss.start` stays unless
   the spec has its own.

@@ -45,7 +45,7 @@ def get_config(arg=''):
     raise common.ConfigError(f'size={switches.size} is not one of {", ".join(SIZES)}')
   config = common.base_config()
   config.seed = switches.seed
-  config.data.source = 'folder' if switches.path else 'tfds' if switches.name else 'embedded'
+  config.data.source = common.implied_source(switches)
   config.data.update(path=switches.path, name=switches.name, seq_len=512)
   config.model.dtype = 'bfloat16'
   if switches.evidence:

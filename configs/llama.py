@@ -47,7 +47,7 @@ def get_config(arg=''):
     raise common.ConfigError(f'size={switches.size} is not one of {", ".join(SIZES)}')
   config = common.base_config()
   config.seed = switches.seed
-  config.data.source = 'folder' if switches.path else 'tfds' if switches.name else 'embedded'
+  config.data.source = common.implied_source(switches)
   config.data.update(path=switches.path, name=switches.name, tokenizer=switches.tokenizer)
   layers, heads, kv_heads, width, hidden = SIZES[switches.size]
   config.model.update(name='llama', n_layer=layers, n_head=heads, n_kv_head=kv_heads)

@@ -43,7 +43,7 @@ def get_config(arg=''):
   config.seed = switches.seed
   config.total_steps = switches.steps
   config.batch_size = switches.batch
-  config.data.source = switches.source or _implied_source(switches)
+  config.data.source = switches.source or common.implied_source(switches)
   config.data.update(path=switches.path, name=switches.name, tokenizer=switches.tokenizer)
   config.data.seq_len = switches.length
   config.model.update(n_layer=switches.layers, n_head=switches.heads, n_embd=switches.width)
@@ -53,9 +53,3 @@ def get_config(arg=''):
   common.set_weighting(config, switches.weighting)
   common.set_mixture(config, switches.mixture)
   return common.quick(config) if switches.quick else config
-
-
-def _implied_source(switches):
-  if switches.path:
-    return 'folder'
-  return 'tfds' if switches.name else 'embedded'

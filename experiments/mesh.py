@@ -61,10 +61,11 @@ def make_mesh(
     inside, across = (data // slices, fsdp, tensor), (slices, 1, 1)
     grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, **split)
     return Mesh(grid, AXES, axis_types=types)
+  if len({getattr(d, 'slice_index', 0) for d in devices}) > 1:  # GPUs, which make_mesh refuses
+    return Mesh(mesh_utils.create_device_mesh(shape, devices), AXES, axis_types=types)
   try:
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
-  except (NotImplementedError, ValueError):
-    # An axis has to take part of the chips along a wire, or these are GPUs of several hosts.
+  except NotImplementedError:  # an axis has to take part of the chips along a wire
     return Mesh(mesh_utils.create_device_mesh(shape, devices, **split), AXES, axis_types=types)
 
 
