@@ -128,7 +128,7 @@ def _factory_of(name):
   return name
 
 
-def _claims(name):
+def claims(name):
   factory = _factory_of(name)
   declaration = getattr(getattr(weights, factory, None), 'declaration', None)
   promised = {key: getattr(declaration, key) for key in ('scale', 'level') if declaration}
@@ -139,7 +139,7 @@ def _claims(name):
 @pytest.mark.parametrize('promise', testing.PROMISES)
 @pytest.mark.parametrize('name', CASES)
 def test_promise(name, promise):
-  testing.check_weighting(CASES[name], promises=[promise], **_claims(name))
+  testing.check_weighting(CASES[name], promises=[promise], **claims(name))
 
 
 def _factories():
