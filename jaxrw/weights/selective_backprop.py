@@ -60,8 +60,8 @@ def selective_backprop_weights(
       unless nothing is kept. Default: ones.
 
   Returns:
-    (weights, history). All weights 0 if no example is kept; NaN for the kept ones if any valid loss
-    is NaN or inf, and such a loss is not remembered.
+    (weights, history). All weights 0 if no example is kept; all NaN if any valid loss is NaN or
+    inf, and such a loss is not remembered.
 
   Raises:
     ValueError: shapes that do not match, a negative power, a `least` outside [0, 1].
