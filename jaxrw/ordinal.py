@@ -236,8 +236,9 @@ def _checked(x: Any, y: Any, num_levels: int, weights: Any) -> tuple[Any, Any, j
   if weights.shape != y.shape:
     raise ValueError(f'weights has shape {weights.shape}, y {y.shape}; expected the same')
   if not isinstance(y, jax.core.Tracer):
-    check_range(y, num_levels, 'y')
-    counts = np.bincount(np.asarray(y) + 1, minlength=num_levels + 1)
+    levels: Any = np.asarray(y)
+    check_range(levels, num_levels, 'y')
+    counts = np.bincount(levels + 1, minlength=num_levels + 1)
     if counts[0]:
       raise ValueError(f'y holds -1; levels are 0 to {num_levels - 1}')
     if not np.all(counts[1:]):
@@ -354,7 +355,7 @@ def _fista(
   carry = (0, start, start, one, one, objective(start, problem.loss(start)), jnp.zeros((), bool))
   more = lambda carry: (carry[0] < max_iterations) & ~carry[-1]
   count, theta, *_ = jax.lax.while_loop(more, body, carry)
-  return theta, count
+  return theta, jnp.asarray(count)
 
 
 def _lines(intercepts: jax.Array, differences: jax.Array, x: jax.Array) -> jax.Array:

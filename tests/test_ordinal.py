@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from scipy import optimize
 from scipy.special import expit
 
@@ -77,11 +78,23 @@ def test_crossing_lines_have_infinite_loss_and_are_shown():
   losses = value(psi)
   assert np.isfinite(losses[0])
   assert losses[1] == np.inf
-  assert np.all(np.isfinite(jax.jacrev(value)(psi)))
+  assert np.all(np.isfinite(jax.jit(jax.jacrev(value))(psi)))
   p = presto_probabilities(OrdinalFit(a, psi, 0), x)
   np.testing.assert_array_equal((p < 0).any(axis=1), [False, True])
   np.testing.assert_allclose(p.sum(axis=1), 1)
   np.testing.assert_allclose(p[1, 1], expit(-1.0) - expit(0.0))
+
+
+@pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit])
+def test_eight_devices_compute_the_losses_of_one(data, axis_type):
+  x, y = data[0][:16], data[1][:16]
+  model = np.array([0.0, 1.5, 3.0]), np.full((3, COLUMNS), 0.01)
+  losses = jax.jit(ordinal.cumulative_logit_losses)
+  mesh = Mesh(np.asarray(jax.devices()), ('data',), axis_types=(axis_type,))
+  with jax.set_mesh(mesh):
+    rows = jax.device_put((x, y), NamedSharding(mesh, PartitionSpec('data')))
+    together = losses(*jax.device_put(model, NamedSharding(mesh, PartitionSpec())), *rows)
+  np.testing.assert_allclose(together, losses(*model, x, y), rtol=1e-12)
 
 
 def test_prox_minimizes_what_it_says():
@@ -283,7 +296,7 @@ def rare_errors(share, size, simulations=4):
   ('regime', 'share', 'size'), [('none', 0, 0), ('few', 1 / 3, 0.5), ('all', 1, 0.7)]
 )
 def test_sharing_pays_where_few_slopes_differ(regime, share, size):
-  """The paper's simulation: 2500 rows, about 1% of them rare; no, few small or all slopes differ."""
+  """The paper's simulation, 2500 rows with about 1% rare: no, few or all slopes differ."""
   errors = rare_errors(share, size)
   odds, logistic, presto = errors.mean(axis=0)
   print(f'{regime}: odds {odds:.2e} logistic {logistic:.2e} presto {presto:.2e}', errors)
