@@ -1,4 +1,4 @@
-"""Does it help? Small experiments with known answers on attacks, subclasses, trimming and outputs.
+"""Does it help? Small experiments with known answers: attacks, trimming, weights of outputs.
 
 Each prints its table (`pytest -m slow -s`) and asserts the direction only.
 """
@@ -95,6 +95,7 @@ def adversarial_training(seed, separation, start, lam, steps=400):
 
 
 def test_weights_cost_the_majority_where_classes_overlap():
+  """Minority accuracy under attack rises with weights; what the majority pays depends on overlap."""
   robust = {}
   for separation in (0.9, 1.6):
     for name, start, lam in (('plain', 400, 0), ('weighted', 0, 0), ('deferred', 240, 0)):
