@@ -95,7 +95,7 @@ def adversarial_training(seed, separation, start, lam, steps=400):
 
 
 def test_weights_cost_the_majority_where_classes_overlap():
-  """Minority accuracy under attack rises with weights; what the majority pays depends on overlap."""
+  """The minority gains from weights; what the majority pays for it depends on the overlap."""
   robust = {}
   for separation in (0.9, 1.6):
     for name, start, lam in (('plain', 400, 0), ('weighted', 0, 0), ('deferred', 240, 0)):
