@@ -9,6 +9,7 @@
 from jaxrw import (
   adversarial,
   contrastive,
+  density_ratio,
   diagnostics,
   gradients,
   losses,
@@ -35,6 +36,7 @@ __all__ = [
   'base_measure',
   'chain',
   'contrastive',
+  'density_ratio',
   'diagnostics',
   'from_config',
   'gradients',
