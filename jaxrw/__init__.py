@@ -12,10 +12,12 @@ from jaxrw import (
   density_ratio,
   diagnostics,
   gradients,
+  heads,
   losses,
   masked,
   mixtures,
   ordinal,
+  quantiles,
   weights,
 )
 from jaxrw.bilevel import make_bilevel_step
@@ -40,12 +42,14 @@ __all__ = [
   'diagnostics',
   'from_config',
   'gradients',
+  'heads',
   'losses',
   'make_bilevel_step',
   'make_train_step',
   'masked',
   'mixtures',
   'ordinal',
+  'quantiles',
   'weights',
 ]
 __all__ += [name for name in _weight_names if name not in weights.RECONSTRUCTED]
