@@ -8,6 +8,7 @@
 
 from jaxrw import (
   adversarial,
+  class_stats,
   contrastive,
   density_ratio,
   diagnostics,
@@ -37,6 +38,7 @@ __all__ = [
   'after',
   'base_measure',
   'chain',
+  'class_stats',
   'contrastive',
   'density_ratio',
   'diagnostics',
