@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test slow libtpu lint types doctest format clean
+.PHONY: quickstart test slow docs libtpu lint types doctest format clean
 
 quickstart: $(VENV)/.experiments  ## train uniform and LinUpper on embedded text, compare, write a report
 	$(BIN)/python -m experiments.compare --config=configs/quickstart.py \
@@ -25,6 +25,9 @@ types: $(VENV)/.dev
 doctest: $(VENV)/.dev
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q --doctest-modules jaxrw
 
+docs: $(VENV)/.docs  ## the documentation, in build/docs; a public name without documentation fails
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+
 libtpu: $(VENV)/.experiments  ## the TPU compiler, for --compile_for, in a folder of its own
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target .libtpu \
 	  "$$($(BIN)/python -m experiments.hardware)"
@@ -43,6 +46,10 @@ $(VENV)/bin/python:
 $(VENV)/.experiments: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[experiments]'
 	touch $@
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[experiments,docs]'
+	touch $@ $(VENV)/.experiments
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'

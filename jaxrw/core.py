@@ -302,7 +302,7 @@ def check_groups(group_ids: jax.Array, num_groups: int, rows: int) -> jax.Array:
 
   Args:
     group_ids: int[B], checked as by `check_range`; or float[B, G], how far each row belongs to each
-      group (a proxy's calibrated probabilities): at least 0 and at most 1 in sum; what a row lacks
+      group (the probabilities of a proxy): at least 0 and at most 1 in sum; what a row lacks
       to 1 is unknown. Concrete arrays are checked here; for traced ones the caller turns the weight
       of such a row into NaN.
     num_groups: G.

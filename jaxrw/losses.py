@@ -4,6 +4,9 @@ A weighting needs the losses one by one; the step takes the weighted mean. A fac
 must flow through makes a loss and not a weighting, so focal loss, margins and shifted logits are
 here. What optax has is not repeated: `optax.losses.sigmoid_focal_loss` for independent binary
 outputs, `dice_loss`, `poly_loss_cross_entropy`, `ntxent`.
+
+Labels are not checked here: one that is no class (-1 for unknown, padding) has a loss that means
+nothing, often that of the last class. Give such entries base 0, or their weight.
 """
 
 from __future__ import annotations

@@ -112,6 +112,8 @@ def membership(group_ids: jax.Array, num_groups: int) -> jax.Array:
   A row of an id outside 0 .. G - 1 (-1: unknown) belongs to none.
   """
   if group_ids.ndim == 2:
+    if group_ids.shape[1] != num_groups:
+      raise ValueError(f'group_ids has shape {group_ids.shape}; expected [B, {num_groups}]')
     return jax.lax.stop_gradient(group_ids)
   return group_ids[:, None] == jnp.arange(num_groups)
 

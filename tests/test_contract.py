@@ -146,7 +146,7 @@ CLAIMS = {
   'group_dro_soft': {'extra_signals': _memberships, 'ids': None},
   'group_cvar': {'ids': 'group_ids'},
   'fair_error_bound': {'ids': 'group_ids'},
-  'vertex_class_balance': {'extra_signals': _binary_labels},
+  'vertex_class_balance': {'extra_signals': _binary_labels, 'terms': 6},
   'shrinkmatch': {'extra_signals': _weak_views, 'terms': 2},
   'inverse_frequency': {'extra_signals': _labels, 'ids': 'labels'},
   'effective_number': {'extra_signals': _labels, 'ids': 'labels'},

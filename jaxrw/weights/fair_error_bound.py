@@ -74,6 +74,7 @@ def fair_error_bound_weights(
   tokens = tuple(range(1, losses.ndim))
   columns = (measure, jnp.where(measure != 0, measure * losses, 0))
   columns = jnp.stack([jnp.sum(x, axis=tokens) for x in columns], axis=1)
+  columns = jnp.where(fine[:, None], columns, 0)  # a row that is NaN must not move the others
   sums = diagnostics.group_sums(columns, group_ids, num_groups)
   mass, mean = sums[:, 0], masked.divide(sums[:, 1], sums[:, 0])
   # Over the largest, so that a power neither over- nor underflows; equal groups give exactly 1.
@@ -104,6 +105,8 @@ def fair_error_bound_dice(
   group_ids: jax.Array,
   num_groups: int,
   gamma: float = 1.0,
+  *,
+  base: jax.Array | None = None,
 ) -> jax.Array:
   """Dice loss of each class with every group's predictions scaled by its error bound.
 
@@ -119,6 +122,7 @@ def fair_error_bound_dice(
     group_ids: int[B]. An unknown group, -1, has scale 1 and no part in the minimum.
     num_groups: G.
     gamma: >= 0. 0 scales all known groups by tanh(1).
+    base: float[B], 0 for an example that is padding and has no part. Default: ones.
 
   Returns:
     float32[C], differentiable; its mean over the classes is the loss.
@@ -142,6 +146,9 @@ def fair_error_bound_dice(
       f', group_ids {group_ids.shape} [B]'
     )
   fine = check_groups(group_ids, num_groups, targets.shape[0])
+  shape = (-1,) + (1,) * (targets.ndim - 1)
+  valid = jnp.ones(fine.shape, bool) if base is None else base > 0
+  probabilities, targets = (jnp.where(valid.reshape(shape), x, 0) for x in (probabilities, targets))
   pixels = tuple(range(1, targets.ndim - 1))
 
   def sums(p):  # float[B, 3, C]: overlap, squares of p, squares of t
@@ -153,12 +160,11 @@ def fair_error_bound_dice(
   member = masked.membership(group_ids, num_groups)
   own = jax.lax.stop_gradient(sums(probabilities))
   of_group = jnp.sum(jnp.where(member[:, :, None, None], own[:, None], 0), axis=0)
-  present = jnp.any(member, axis=0)
+  present = jnp.any(member & valid[:, None], axis=0)
   errors = jnp.maximum(jnp.sum(jax.vmap(dice)(of_group), axis=-1), _SMOOTH)
   best = -masked.largest(-errors, present)
   scale = masked.of_groups(jnp.tanh((best / errors) ** gamma), member)
-  scale = jnp.where(fine, scale, jnp.nan)
-  shape = (-1,) + (1,) * (targets.ndim - 1)
+  scale = jnp.where(fine | ~valid, scale, jnp.nan)
   return dice(jnp.sum(sums(scale.reshape(shape) * probabilities), axis=0))
 
 

@@ -91,10 +91,10 @@ def group_cvar_weights(
   losses, base, weights = masked.fill_in(losses, base, weights)
   measure = base * weights
   tokens = tuple(range(1, losses.ndim))
-  columns = [
-    jnp.sum(x, axis=tokens) for x in (measure, jnp.where(measure != 0, measure * losses, 0))
-  ]
-  sums = diagnostics.group_sums(jnp.stack(columns, axis=1), group_ids, number)
+  columns = (measure, jnp.where(measure != 0, measure * losses, 0))
+  columns = jnp.stack([jnp.sum(x, axis=tokens) for x in columns], axis=1)
+  columns = jnp.where(fine[:, None], columns, 0)  # a row that is NaN must not move the others
+  sums = diagnostics.group_sums(columns, group_ids, number)
   mass, present = sums[:, 0], sums[:, 0] > 0
   now = masked.divide(sums[:, 1], mass).astype(means.losses.dtype)
   followed = jnp.where(means.seen, decay * means.losses + (1 - decay) * now, now)

@@ -80,7 +80,9 @@ def group_dro_weights(
   per_example = [
     jnp.sum(x, axis=tokens) for x in (measure, jnp.where(measure != 0, measure * losses, 0))
   ]
-  sums = diagnostics.group_sums(jnp.stack(per_example, axis=1), group_ids, log_q.size)
+  # A row that will be NaN must not move the others.
+  columns = jnp.where(fine[:, None], jnp.stack(per_example, axis=1), 0)
+  sums = diagnostics.group_sums(columns, group_ids, log_q.size)
   mass, weighted = sums[:, 0], sums[:, 1]  # one collective for all groups and both columns
   present = mass > 0
   moved = log_q + rate * jnp.where(present, masked.divide(weighted, mass) + adjustment, 0)

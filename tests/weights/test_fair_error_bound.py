@@ -89,6 +89,15 @@ def test_a_group_that_is_absent_takes_no_part():
   assert np.abs(jax.grad(ours)(p)).max() > 1e-3
 
 
+def test_padding_has_no_part_in_the_dice_loss():
+  ids = jnp.array([0, 1, 1, 0])
+  p, t = map(jnp.asarray, _images(np.asarray(ids)))
+  spoiled = p.at[3].set(jnp.nan)
+  base = jnp.array([1.0, 1, 1, 0])
+  found = jaxrw.fair_error_bound_dice(spoiled, t, ids.at[3].set(-1), 2, base=base)
+  np.testing.assert_allclose(found, _dice(p[:3], t[:3], ids[:3], 2), rtol=1e-5)
+
+
 def test_unknown_is_not_the_last_group():
   errors = jnp.array([0.2, 0.5])
   assert np.ptp(_naive_scale(errors, jnp.array([-1, 1]))) == 0

@@ -62,8 +62,10 @@ def test_an_absent_group_keeps_its_mean_and_takes_no_mass():
 def test_adjustments_of_zero_for_some_groups_still_count():
   """The official code drops all of them unless every one is positive, and writes them into the
   losses it reports; both change which group is the worst."""
-  rw = jaxrw.group_cvar((0.5, 0.5), share=0.5, adjustment=(0.0, 2.0))
-  losses, ids = jnp.array([2.0, 1.0]), jnp.array([0, 1])
+  adjustment, losses, ids = np.array([0.0, 2.0]), jnp.array([2.0, 1.0]), jnp.array([0, 1])
+  naive = losses + (adjustment if np.all(adjustment > 0) else 0)
+  assert int(np.argmax(naive)) == 0
+  rw = jaxrw.group_cvar((0.5, 0.5), share=0.5, adjustment=adjustment)
   w, means = rw.update(jnp.ones(2), rw.init(), losses=losses, group_ids=ids)
   np.testing.assert_allclose(w, [0, 2])
   np.testing.assert_allclose(means.losses, losses)
