@@ -1,0 +1,228 @@
+"""Arms against the plain mean: rates chosen, seeds trained, claims judged, and the board drawn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import stats
+from experiments.classify import learner, tasks
+from experiments.classify.arms import ARMS, Arm
+from experiments.classify.sources import Source
+from experiments.verdict import format_table
+
+TUNING = 3  # seeds that choose the learning rates; the claims are tested on others
+
+
+class Claim(NamedTuple):
+  """That an arm's metric is higher (or lower) than that of the arm it is held against."""
+
+  task: str
+  arm: str
+  metric: str
+  expected: str = 'higher'
+  against: str = 'uniform'
+
+
+_LONG, _NOISY, _BIRDS, _FAIR, _SEMI, _RARE = (
+  *('long_tail', 'noisy_labels', 'worst_group'),
+  *('fairness', 'semi_supervised', 'rare_events'),
+)
+CLAIMS = (
+  Claim(_NOISY, 'trimmed low', 'accuracy'),
+  Claim(_NOISY, 'learning_to_reweight', 'accuracy'),
+  Claim(_NOISY, 'linupper', 'accuracy', 'lower'),
+  Claim(_BIRDS, 'group_dro', 'worst group'),
+  Claim(_BIRDS, 'group_dro', 'accuracy', 'lower'),
+  Claim(_FAIR, 'group_dro', 'worst group'),
+  Claim(_FAIR, 'group_dro', 'equity-scaled'),
+  Claim(_SEMI, 'fixmatch', 'accuracy', against='labels only'),
+)
+
+
+class Result(NamedTuple):
+  """An arm on a task.
+
+  Attributes:
+    rate: chosen learning rate; `validation` has the metric it was chosen by, for each rate.
+    values: metric -> one number per seed, on the test sets.
+    seconds: training and compilation.
+  """
+
+  rate: float
+  validation: dict[float, float]
+  values: dict[str, list[float]]
+  seconds: float
+
+
+def arms_of(task: str, claims: Iterable[Claim] = CLAIMS) -> list[str]:
+  """The arms that the claims on a task need, baselines first."""
+  found = [claim for claim in claims if claim.task == task]
+  return list(dict.fromkeys([*(c.against for c in found), *(c.arm for c in found)]))
+
+
+def run_task(
+  task: tasks.Task,
+  source: Source,
+  arms: Sequence[str],
+  seeds: int,
+  say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Result]:
+  """Every arm with every seed, each at the rate that is best for it on the validation sets of
+  `TUNING` seeds of their own."""
+  problems = [tasks.problem(task, source, seed) for seed in range(TUNING + seeds)]
+  stacked = learner.stack(problems)
+  results = {}
+  for name in arms:
+    started = time.perf_counter()
+    rate, validation = choose_rate(task, ARMS[name], problems, stacked)
+    tested = list(range(TUNING, TUNING + seeds))
+    logits = learner.train(task, ARMS[name], stacked, tested, [rate] * seeds)
+    rows = [measured(task, problems[s], *each) for s, *each in zip(tested, *logits)]
+    values = {metric: [float(row[metric]) for row in rows] for metric in rows[0]}
+    results[name] = Result(rate, validation, values, time.perf_counter() - started)
+    means = ', '.join(f'{metric} {np.mean(v):.3f}' for metric, v in values.items())
+    say(f'{task.name}: {name} at rate {rate:g}: {means} ({results[name].seconds:.0f} s)')
+  return results
+
+
+def choose_rate(
+  task: tasks.Task, arm: Arm, problems: Sequence[tasks.Problem], stacked: tasks.Problem
+) -> tuple[float, dict[float, float]]:
+  """(rate with the highest mean of the task's metric on validation, that mean by rate)."""
+  runs = [(seed, rate) for rate in task.rates for seed in range(TUNING)]
+  logits, _ = learner.train(task, arm, stacked, *zip(*runs))
+  found = {rate: [] for rate in task.rates}
+  for (seed, rate), own in zip(runs, logits):
+    examples = problems[seed].validation
+    found[rate].append(task.measure(own, examples, 0.0)[task.metric])
+  means = {rate: float(np.mean(values)) for rate, values in found.items()}
+  return max(means, key=lambda rate: means[rate]), means
+
+
+def measured(
+  task: tasks.Task, problem: tasks.Problem, validation: np.ndarray, test: np.ndarray
+) -> dict[str, float]:
+  """The metrics on the test set; a threshold, where there is one, is that of the validation set."""
+  threshold = 0.0
+  if task.classes == 2:
+    threshold = tasks.best_threshold(validation, problem.validation)
+  return task.measure(test, problem.test, threshold)
+
+
+# What it shows ------------------------------------------------------------------------------------
+
+
+def judge(claim: Claim, results: dict[str, Result]) -> tuple[stats.Paired, str]:
+  """(difference of the arms, verdict): 'reproduced' if the interval lies on the expected side of 0,
+  'opposite' if on the other, 'not reproduced' if it holds 0."""
+  a, b = (results[name].values[claim.metric] for name in (claim.arm, claim.against))
+  difference = stats.paired(a, b)
+  if difference.verdict == 'unresolved':
+    return difference, 'not reproduced'
+  return difference, 'reproduced' if difference.verdict == claim.expected else 'opposite'
+
+
+def record(results: dict[str, dict[str, Result]], claims: Iterable[Claim]) -> dict[str, Any]:
+  """What is written: every number, and every claim whose arms were run, judged."""
+  judged = []
+  for claim in claims:
+    found = results.get(claim.task, {})
+    if claim.arm in found and claim.against in found:
+      difference, verdict = judge(claim, found)
+      judged.append({**claim._asdict(), **difference._asdict(), 'verdict': verdict})
+  tables = {
+    task: {name: result._asdict() for name, result in arms.items()}
+    for task, arms in results.items()
+  }
+  return {'tasks': tables, 'claims': judged, 'methods': methods(judged)}
+
+
+def methods(judged: Sequence[dict[str, Any]]) -> dict[str, str]:
+  """Arm -> 'reproduced' if all of its claims are, else 'not reproduced', with the count."""
+  verdicts = {}
+  for name in dict.fromkeys(claim['arm'] for claim in judged):
+    own = [claim['verdict'] for claim in judged if claim['arm'] == name]
+    word = 'reproduced' if set(own) == {'reproduced'} else 'not reproduced'
+    against = f', {own.count("opposite")} opposite' if 'opposite' in own else ''
+    verdicts[name] = f'{word} ({own.count("reproduced")} of {len(own)}{against})'
+  return verdicts
+
+
+def describe(found: dict[str, Any]) -> str:
+  """The tables of a record."""
+  parts = []
+  for task, arms in found['tasks'].items():
+    metrics = list(next(iter(arms.values()))['values'])
+    rows = [
+      (name, f'{arm["rate"]:g}{edge(arm)}', *(mean(arm['values'][m]) for m in metrics))
+      for name, arm in arms.items()
+    ]
+    parts.append(format_table((task, 'rate', *metrics), rows))
+  rows = [
+    (
+      f'{c["arm"]}: {c["metric"]} {c["expected"]} than {c["against"]}',
+      c['task'],
+      f'{c["mean"]:+.3f}',
+      f'{c["low"]:+.3f} to {c["high"]:+.3f}',
+      c['verdict'],
+    )
+    for c in found['claims']
+  ]
+  parts.append(format_table(('claim', 'task', 'difference', '95% interval', 'verdict'), rows))
+  parts.append(format_table(('method', 'verdict'), list(found['methods'].items())))
+  return '\n\n'.join(parts)
+
+
+def edge(arm: dict[str, Any]) -> str:
+  """A mark for a rate that is the first or the last of its grid: a better one may lie outside."""
+  grid = list(arm['validation'])
+  return '!' if arm['rate'] in (grid[0], grid[-1]) else ''
+
+
+def mean(values: Sequence[float]) -> str:
+  interval = stats.paired(values, np.zeros(len(values)))
+  return f'{interval.mean:.3f} ±{interval.high - interval.mean:.3f}'
+
+
+def draw(found: dict[str, Any], theme: Any) -> Any:
+  """Differences with their intervals, a panel for each task."""
+  from matplotlib.figure import Figure
+
+  by_task: dict[str, list[dict[str, Any]]] = {}
+  for claim in found['claims']:
+    by_task.setdefault(claim['task'], []).append(claim)
+  names = list(by_task)
+  columns = [names[::2], names[1::2]] if len(names) > 1 else [names]
+  lines = max(sum(len(by_task[task]) + 2.5 for task in column) for column in columns)
+  figure = Figure(figsize=(5.6 * len(columns), 0.9 + 0.24 * lines), layout='constrained')
+  for part, column in zip(figure.subfigures(1, len(columns), squeeze=False)[0], columns):
+    ratios = [len(by_task[task]) + 1 for task in column]
+    panels = part.subplots(len(column), 1, squeeze=False, height_ratios=ratios)[:, 0]
+    for ax, task in zip(panels, column):
+      draw_panel(ax, task, by_task[task][::-1], theme)
+  for verdict, color in COLORS.items():
+    ax.plot([], [], 'o-', color=theme.colors[color], label=verdict)
+  figure.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=3, frameon=False)
+  figure.suptitle('difference to the baseline, percentage points (arrows: the claim)', fontsize=10)
+  return figure
+
+
+COLORS = {'reproduced': 3, 'not reproduced': 0, 'opposite': 2}  # among a theme's
+_ARROWS = {'higher': '↑', 'lower': '↓'}
+
+
+def draw_panel(ax: Any, task: str, claims: Sequence[dict[str, Any]], theme: Any) -> None:
+  ax.axvline(0, color=theme.ink, lw=1)
+  for y, claim in enumerate(claims):
+    color = theme.colors[COLORS[claim['verdict']]]
+    ax.plot([100 * claim['low'], 100 * claim['high']], [y, y], color=color, lw=2)
+    ax.plot(100 * claim['mean'], y, 'o', color=color, ms=4.5)
+  labels = [f'{c["arm"]}, {c["metric"]} {_ARROWS[c["expected"]]}' for c in claims]
+  ax.set_yticks(range(len(claims)), labels)
+  ax.set_ylim(-0.6, len(claims) - 0.4)
+  ax.set_title(task.replace('_', ' '))
+  ax.grid(axis='x')

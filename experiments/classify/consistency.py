@@ -1,0 +1,71 @@
+"""Few labels and many examples without: FixMatch, and ShrinkMatch on top of it.
+
+An unlabeled example is seen twice, hardly disturbed and much. Where the model is certain of the
+first view, its class becomes the label of the second; ShrinkMatch also uses the others, in a space
+of fewer classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.classify.model import Params, forward, initial
+from experiments.classify.sources import Examples
+from experiments.classify.tasks import Task
+from jaxrw.losses import cross_entropy
+
+CERTAIN = 0.95
+LABELED = 64  # rows of a batch; the rest is unlabeled
+
+
+def descend(
+  task: Task, kind: str, steps: int, labeled: int, data: Examples, key: jax.Array, rate: Any
+) -> Params:
+  """Adam on batches of both; returns the moving average of the parameters.
+
+  Args:
+    kind: 'labels only', 'fixmatch' or 'shrinkmatch'.
+    labeled: how many examples have a label, y >= 0.
+  """
+  known = jnp.argsort(data.y < 0)[:labeled]
+  optimizer = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(task.decay))
+  params = initial(key, data.x.shape[1], task.hidden, task.classes)
+
+  def step(carry, t):
+    params, moments, average = carry
+    keys = jax.random.split(jax.random.fold_in(key, t), 5)
+    rows = known[jax.random.randint(keys[0], (LABELED,), 0, labeled)]
+    others = jax.random.randint(keys[1], (task.batch - LABELED,), 0, len(data.y))
+    weak = lambda key, x: x + 0.1 * jax.random.normal(key, x.shape)
+    near = weak(keys[2], data.x[others])
+    far = disturbed(keys[3], data.x[others])
+
+    def objective(params):
+      logits = forward(params, weak(keys[4], data.x[rows]))
+      loss = jnp.mean(cross_entropy(logits, data.y[rows]))
+      if kind == 'labels only':
+        return loss
+      p = jax.lax.stop_gradient(jax.nn.softmax(forward(params, near)))
+      logits = forward(params, far)
+      certain = jnp.max(p, axis=-1) >= CERTAIN
+      return loss + jnp.mean(certain * cross_entropy(logits, jnp.argmax(p, axis=-1)))
+
+    slope = jax.grad(objective)(params)
+    move, moments = optimizer.update(slope, moments, params)
+    params = jax.tree.map(lambda p, m: p - rate * m, params, move)
+    average = jax.tree.map(lambda a, p: 0.99 * a + 0.01 * p, average, params)
+    return (params, moments, average), None
+
+  carry = params, optimizer.init(params), params
+  return jax.lax.scan(step, carry, jnp.arange(steps))[0][2]
+
+
+def disturbed(key: jax.Array, x: jax.Array) -> jax.Array:
+  """The strong view: noise, and a quarter of the (standardized) features at their mean, 0."""
+  noise, mask = jax.random.split(key)
+  x = x + 0.5 * jax.random.normal(noise, x.shape)
+  return jnp.where(jax.random.bernoulli(mask, 0.25, x.shape), 0, x)
