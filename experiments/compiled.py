@@ -253,3 +253,72 @@ def _library_flops(instruction: Instruction, scope: Computation) -> int:
       'teach experiments/compiled.py its formula'
     )
   return 0
+
+
+# All the arithmetic -----------------------------------------------------------------------------
+
+
+class Work(NamedTuple):
+  """What one call computes and moves on one device.
+
+  Attributes:
+    operations: matmul FLOPs, one for each element that any other arithmetic writes or a reduction
+      reads, and one for each number a library call (a sort) takes in.
+    bytes: read and written by instructions that are not fused into others.
+  """
+
+  operations: int
+  bytes: int
+
+
+def work(compiled: Any) -> Work:
+  """Counts all the arithmetic of a compiled program, loop bodies times their trip counts.
+
+  For small programs next to large ones: an operation counts 1 whether it adds or takes a logarithm.
+
+  Raises:
+    UncountableError: a loop whose trip count the compiler does not know.
+  """
+  computations, entry = hlo.parse(compiled.as_text())
+  counted: dict[str, Work] = {}
+
+  def count(name: str, fused: bool) -> Work:
+    if name not in counted:
+      computation = computations[name]
+      parts = [one(instruction, computation, fused) for instruction in computation.values()]
+      counted[name] = Work(*map(sum, zip(*parts)))
+    return counted[name]
+
+  def one(instruction: Instruction, scope: Computation, fused: bool) -> Work:
+    opcode, results = instruction.opcode, instruction.shapes
+    if opcode in _NO_WORK:
+      return Work(0, 0)
+    inside = fused or opcode == 'fusion'
+    callees = [count(name, inside) for name in instruction.callees]
+    if opcode == 'while':
+      trips = hlo.trip_count(instruction, scope, computations)
+      if trips is None:
+        raise UncountableError(f'cannot count {instruction.name}: how often it runs is not known')
+      return Work(*(trips * sum(x) for x in zip(*callees)))
+    if opcode == 'conditional':
+      return Work(*map(max, zip(*callees)))
+    operands = operand_shapes(instruction, scope)
+    moved = 0
+    if not fused and opcode != 'call':
+      moved = sum(map(shape_bytes, (*operands, *results)))
+    operations = _matmul_flops(instruction, scope)
+    if opcode in ('reduce', 'reduce-window', 'scatter', 'sort', 'custom-call'):
+      operations += sum(shape.size for shape in operands)
+    elif not callees and not operations and opcode not in _MOVES:
+      operations += sum(shape.size for shape in results)
+    return Work(*map(sum, zip((operations, moved), *callees)))
+
+  return count(entry, False)
+
+
+# Instructions that neither compute nor move anything, and those that only move.
+_NO_WORK = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'partition-id')
+_MOVES = (
+  *('broadcast', 'copy', 'reshape', 'transpose', 'slice', 'concatenate', 'pad', 'reverse', 'iota'),
+  *('gather', 'dynamic-slice', 'dynamic-update-slice', 'copy-start', 'copy-done', *_COLLECTIVES),
+)

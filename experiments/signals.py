@@ -73,8 +73,8 @@ def check_signals(
   """
   if config.scope == 'online' and weighting.log_weights is None:
     raise UserError(
-      "config.scope='online' is for weightings of the softmax type (kl_dro, linupper_stale and "
-      "their chains): use scope='global'"
+      "config.scope='online' is for weightings of the softmax type (kl_dro, tilted, linupper_stale "
+      "and their chains): use scope='global'"
     )
   shape = (config.batch_size, config.data.seq_len)
   rows = jax.ShapeDtypeStruct(shape[:1], 'int32')

@@ -7,6 +7,8 @@ multiplies, because `0 * nan` is `nan`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
@@ -108,10 +110,7 @@ def top_share(values: jax.Array, valid: jax.Array, share: float | jax.Array) -> 
   """Which valid entries are among the `share` with the largest values.
 
   Kept is what is at least the k-th largest, k = ceil(share * number valid) but at least 1, so ties
-  with the k-th are all kept. The k-th largest is found exactly and without a sort, which would
-  gather a sharded array: floats, read as integers, are in order, and each round settles eight bits
-  by counting the entries at or above each of 256 candidates. That is one collective of 1 kB per
-  round, four of them for float32; the first also counts the valid entries.
+  with the k-th are all kept. No sort, no gather: see `_select`.
 
   Args:
     values: float, any shape. NaN counts as the largest.
@@ -122,22 +121,61 @@ def top_share(values: jax.Array, valid: jax.Array, share: float | jax.Array) -> 
   Returns:
     bool, the shape of the values; all False when nothing is valid.
   """
-  bits, eps = jnp.finfo(values.dtype).bits, float(jnp.finfo(jnp.float32).eps)
+  eps = float(jnp.finfo(jnp.float32).eps)
+
+  def needed(number):
+    least = jnp.ceil(share * number * (1 - 2 * eps)).astype(jnp.int32)
+    return jnp.where(share >= 1, number, jnp.clip(least, 1, number))
+
+  keys, threshold = _select(values, valid.astype(jnp.int32), needed)
+  return valid & (keys >= threshold)
+
+
+def top_mass(
+  values: jax.Array, measure: jax.Array, share: float | jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """(above, at): the entries above the upper `share` quantile under a measure, and those on it.
+
+  The measure above is at most share * sum(measure); with what lies on the quantile (ties) it is at
+  least that. No sort, no gather: see `_select`.
+
+  Args:
+    values: float, any shape. NaN counts as the largest.
+    measure: float, same shape, non-negative; entries of measure 0 are in neither set.
+    share: in (0, 1].
+
+  Returns:
+    Two bool arrays of the shape of the values; all False when the measure is 0.
+  """
+  keys, threshold = _select(values, measure, lambda total: share * total)
+  return (measure > 0) & (keys > threshold), (measure > 0) & (keys == threshold)
+
+
+def _select(
+  values: jax.Array, measure: jax.Array, needed: Callable[[jax.Array], jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  """(keys, threshold): the largest key such that the keys from it up have the measure needed.
+
+  Floats, read as integers, are in order, and each round settles eight bits of the threshold by
+  summing the measure at or above each of 256 candidates. That is one collective of 1 kB per round,
+  four of them for float32, and nothing is sorted, which would gather a sharded array; the first
+  round also gives the whole measure, from which `needed` says how much.
+  """
+  bits = jnp.finfo(values.dtype).bits
   unsigned = jnp.dtype(f'uint{bits}')
   sign = unsigned.type(1 << (bits - 1))
   raw = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0, values), unsigned)  # -0 is 0
   keys = jnp.where(raw >= sign, ~raw, raw | sign)  # in the order of the floats
   keys = jnp.where(jnp.isnan(values), unsigned.type(2**bits - 1), keys)
-  threshold, k = unsigned.type(0), None
+  threshold, least = unsigned.type(0), None
   for shift in range(bits - 8, -1, -8):
     candidates = threshold | (jnp.arange(256, dtype=unsigned) << shift)
-    counts = jax.vmap(lambda c: jnp.sum(valid & (keys >= c), dtype=jnp.int32))(candidates)
-    if k is None:
-      number = counts[0]  # nothing is below the first candidate, 0
-      least = jnp.ceil(share * number * (1 - 2 * eps)).astype(jnp.int32)
-      k = jnp.where(share >= 1, number, jnp.clip(least, 1, number))
-    threshold |= (jnp.sum(counts >= k) - 1).astype(unsigned) << shift
-  return valid & (keys >= threshold)
+    from_up = jax.vmap(lambda c: jnp.sum(jnp.where(keys >= c, measure, 0)))(candidates)
+    if least is None:
+      least = needed(from_up[0])  # nothing is below the first candidate, 0
+    # The first candidate has enough; rounding of float sums must not say otherwise.
+    threshold |= jnp.maximum(jnp.sum(from_up >= least) - 1, 0).astype(unsigned) << shift
+  return keys, threshold
 
 
 def replicate(array: jax.Array) -> jax.Array:

@@ -140,7 +140,7 @@ def make_train_step(
   if scope == 'online' and rw.log_weights is None:
     raise ValueError(
       "scope='online' rescales softmax weights as it goes; this weighting is not of that type "
-      "(kl_dro, linupper_stale and their chains are): use scope='global'"
+      "(kl_dro, tilted, linupper_stale and their chains are): use scope='global'"
     )
   if keep is not None and scope != 'global':
     raise ValueError(f"keep needs scope='global', not {scope!r}: all weights come first")

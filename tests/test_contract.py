@@ -27,6 +27,19 @@ CASES = {
   'linupper_stale': jaxrw.linupper_stale(0.4),
   'trimmed': jaxrw.trimmed(0.6),
   'trimmed_low': jaxrw.trimmed(0.6, side='low'),
+  'tilted': jaxrw.tilted(1.5),
+  'tilted_negative': jaxrw.tilted(-1.5),
+  'tilted_stream': jaxrw.tilted_stream(0.5, 0.3),
+  'cvar': jaxrw.cvar(0.4),
+  'chi_square_dro': jaxrw.chi_square_dro(0.4),
+  'self_paced': weights.self_paced(4.0),
+  'generalized_cross_entropy': weights.generalized_cross_entropy(0.7, truncation=0.05),
+  'rho_loss': jaxrw.rho_loss(0.4),
+  'co_teaching': jaxrw.co_teaching(0.6),
+  'selective_backprop': jaxrw.selective_backprop(2.0, history=24),
+  'grad_norm_sampling': jaxrw.grad_norm_sampling(8, threshold=0.0),
+  'jtt': jaxrw.jtt(16, 5.0, until=5),
+  'jtt_finding': jaxrw.jtt(16, 5.0, until=9),
   'group_dro': jaxrw.group_dro(3, 0.1),
   'hedge': jaxrw.hedge(16, 6, 0.3),
   'hedge_smaller': jaxrw.hedge(24, 6, -0.3),
@@ -71,6 +84,15 @@ def _rewards(signals):
   return {'extra': {'rewards': _of_examples(signals)}}
 
 
+def _norms(signals):
+  return {'grad_norms': jnp.abs(_of_examples(signals) - 1)}
+
+
+def _predictions(signals):
+  losses = _of_examples(signals)
+  return {'logits': jnp.stack([3 - losses, losses], axis=1), 'labels': signals['group_ids'] % 2}
+
+
 def _sampling(signals):
   losses = _of_examples(signals)
   return {
@@ -91,6 +113,10 @@ CLAIMS = {
   'adapt': {'extra_signals': _representation},
   'group_advantage': {'extra_signals': _rewards, 'ids': 'group_ids'},
   'token_topk': {'extra_signals': _reference},
+  'rho_loss': {'extra_signals': _reference},
+  'co_teaching': {'extra_signals': _reference},
+  'grad_norm_sampling': {'extra_signals': _norms, 'equivariant': False},
+  'jtt': {'extra_signals': _predictions, 'ids': 'example_ids', 'table': True},
   'importance': {'extra_signals': _sampling, 'ids': 'group_ids'},
 }
 
@@ -102,7 +128,7 @@ def _factory_of(name):
   return name
 
 
-def _claims(name):
+def claims(name):
   factory = _factory_of(name)
   declaration = getattr(getattr(weights, factory, None), 'declaration', None)
   promised = {key: getattr(declaration, key) for key in ('scale', 'level') if declaration}
@@ -113,7 +139,7 @@ def _claims(name):
 @pytest.mark.parametrize('promise', testing.PROMISES)
 @pytest.mark.parametrize('name', CASES)
 def test_promise(name, promise):
-  testing.check_weighting(CASES[name], promises=[promise], **_claims(name))
+  testing.check_weighting(CASES[name], promises=[promise], **claims(name))
 
 
 def _factories():
@@ -138,7 +164,10 @@ def test_every_public_weighting_is_checked_and_declares_itself():
 def test_every_public_name_is_a_weighting_its_plain_function_or_a_helper():
   for name in set(weights.__all__) - set(_factories()):
     stem = name.removesuffix('_weights')
-    helpers = {'temperature_schedule', 'anchor_mean', 'pool_positions'}
+    helpers = {'temperature_schedule', 'anchor_mean', 'pool_positions'} | {
+      'growing_threshold',
+      'co_teaching_share',
+    }
     assert stem in _factories() or name in helpers, name
 
 

@@ -1,10 +1,17 @@
 """Weightings: for each idea the plain function and its `Weighting` side by side."""
 
 from jaxrw.weights.adapt import adapt, adapt_weights, anchor_mean, pool_positions
+from jaxrw.weights.cvar import chi_square_dro, chi_square_dro_weights, cvar, cvar_weights
 from jaxrw.weights.example_table import adawac, hedge, hedge_weights
+from jaxrw.weights.generalized_cross_entropy import (
+  generalized_cross_entropy,
+  generalized_cross_entropy_weights,
+)
+from jaxrw.weights.grad_norm_sampling import grad_norm_sampling, grad_norm_sampling_weights
 from jaxrw.weights.group_advantage import group_advantage, group_advantage_weights
 from jaxrw.weights.group_dro import group_dro, group_dro_weights
 from jaxrw.weights.importance import importance, importance_weights
+from jaxrw.weights.jtt import jtt, jtt_weights
 from jaxrw.weights.learned import (
   learning_to_reweight,
   learning_to_reweight_weights,
@@ -25,9 +32,19 @@ from jaxrw.weights.loss_based import (
   upper,
   upper_weights,
 )
+from jaxrw.weights.rho_loss import (
+  co_teaching,
+  co_teaching_share,
+  co_teaching_weights,
+  rho_loss,
+  rho_loss_weights,
+)
 from jaxrw.weights.row_shuffled import row_shuffled
 from jaxrw.weights.schedules import temperature_schedule
+from jaxrw.weights.selective_backprop import selective_backprop, selective_backprop_weights
+from jaxrw.weights.self_paced import growing_threshold, self_paced, self_paced_weights
 from jaxrw.weights.shaping import cap, cap_weights, unit_mean, unit_mean_weights
+from jaxrw.weights.tilted import tilted, tilted_stream, tilted_weights
 from jaxrw.weights.token_topk import token_topk, token_topk_weights
 from jaxrw.weights.trimmed import trimmed, trimmed_weights
 
@@ -38,16 +55,30 @@ __all__ = [
   'anchor_mean',
   'cap',
   'cap_weights',
+  'chi_square_dro',
+  'chi_square_dro_weights',
+  'co_teaching',
+  'co_teaching_share',
+  'co_teaching_weights',
+  'cvar',
+  'cvar_weights',
   'extremes',
   'extremes_weights',
+  'generalized_cross_entropy',
+  'generalized_cross_entropy_weights',
+  'grad_norm_sampling',
+  'grad_norm_sampling_weights',
   'group_advantage',
   'group_advantage_weights',
   'group_dro',
   'group_dro_weights',
+  'growing_threshold',
   'hedge',
   'hedge_weights',
   'importance',
   'importance_weights',
+  'jtt',
+  'jtt_weights',
   'kl_dro',
   'kl_dro_weights',
   'learning_to_reweight',
@@ -60,8 +91,17 @@ __all__ = [
   'pool_positions',
   'quadratic',
   'quadratic_weights',
+  'rho_loss',
+  'rho_loss_weights',
   'row_shuffled',
+  'selective_backprop',
+  'selective_backprop_weights',
+  'self_paced',
+  'self_paced_weights',
   'temperature_schedule',
+  'tilted',
+  'tilted_stream',
+  'tilted_weights',
   'token_topk',
   'token_topk_weights',
   'trimmed',
@@ -78,7 +118,12 @@ RECONSTRUCTED = (
   'adapt',
   'adapt_weights',
   'anchor_mean',
+  'generalized_cross_entropy',
+  'generalized_cross_entropy_weights',
   'group_advantage',
   'group_advantage_weights',
+  'growing_threshold',
   'pool_positions',
+  'self_paced',
+  'self_paced_weights',
 )

@@ -1,9 +1,11 @@
-"""What weights made from a row signal other than the losses have in common."""
+"""What weights made from scores of rows have in common."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+
+from jaxrw import masked
 
 
 def fill_in(
@@ -30,3 +32,43 @@ def fill_in(
       'the latter two must be alike, [B] or [B, T], with one row for each of the first'
     )
   return signal, base, weights
+
+
+def keep_top(
+  score: jax.Array, share: float | jax.Array, base: jax.Array, weights: jax.Array
+) -> jax.Array:
+  """weights * total / kept for the `share` of highest scores, 0 for the others.
+
+  total and kept are the masses sum(base * weights) of all and of the kept. Kept are at least k =
+  max(1, ceil(share * number valid)), and all that tie with the k-th.
+
+  Args:
+    score: float[B], one for each row, or float[B, T], one for each entry; padding may hold
+      anything.
+    share: in (0, 1].
+    base: float[B] or [B, T].
+    weights: the shape of the base.
+
+  Returns:
+    The shape of the base; the kept ones are NaN if a valid score is NaN or inf.
+  """
+  within = tuple(range(score.ndim, base.ndim))
+  valid = jnp.sum(base, axis=within) > 0
+  score = jnp.where(valid, score, 0)
+  keep = masked.top_share(score, valid, share)
+  measure = jnp.sum(base * weights, axis=within)
+  terms = jnp.stack([measure, jnp.where(keep, measure, 0), score * 0])  # 0, or NaN
+  total, kept, broken = jnp.sum(terms, axis=tuple(range(1, terms.ndim)))  # one collective
+  factor = jnp.where(keep, masked.divide(total, kept) + broken, 0)
+  factor = factor if factor.ndim == weights.ndim else masked.over_tokens(factor, weights)
+  return jnp.where(base > 0, weights * factor, 0)
+
+
+def check_share(share: object) -> None:
+  """Holds a share that is a number to (0, 1]; schedules and arrays pass.
+
+  Raises:
+    ValueError: a share outside (0, 1].
+  """
+  if isinstance(share, (int, float)) and not 0 < share <= 1:
+    raise ValueError(f'share={share} must be in (0, 1]')

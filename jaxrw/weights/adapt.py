@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jaxrw import masked
 from jaxrw.core import Weighting, at_step, check_positive, declare, stateless
 from jaxrw.weights._rows import fill_in
-from jaxrw.weights.loss_based import _tilt
+from jaxrw.weights._tilt import tilt
 
 _SOURCE = 'ADAPT, ICLR 2026 (arXiv 2605.05227; the abstract, and third-party code of the method)'
 
@@ -79,7 +79,7 @@ def adapt_weights(
   score = _log_sigmoid(representation, anchor, temperature)
   _, mass = masked.example_level(base, base)
   if normalize:
-    return _tilt(score, 1.0, mass > 0, base, weights, shift=True)
+    return tilt(score, 1.0, mass > 0, base, weights, shift=True)
   return weights * masked.over_tokens(jnp.where(mass > 0, jnp.exp(score), 0), weights)
 
 

@@ -27,15 +27,14 @@ path depends on where examples are placed).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxrw import masked
 from jaxrw.core import Weighting, at_step, check_positive, declare, stateless
+from jaxrw.weights._tilt import Nonfinite, prepare, tilt
 
-Nonfinite = Literal['propagate', 'mask']
 Temperature = float | jax.Array | Callable[[jax.Array], jax.Array]
 
 _PAPER = 'Sow et al., Dynamic Loss-Based Sample Reweighting, ICLR 2025 (arXiv 2502.06733)'
@@ -184,8 +183,8 @@ def kl_dro_weights(
 
   Source: Sow et al., ICLR 2025, and its predecessor (arXiv 2402.14270); equals TERM with t = 1 / r.
   """
-  example_losses, valid, base, weights = _prepare(losses, base, weights, nonfinite)
-  return _tilt(example_losses, temperature, valid, base, weights, shift=True)
+  example_losses, valid, base, weights = prepare(losses, base, weights, nonfinite)
+  return tilt(example_losses, temperature, valid, base, weights, shift=True)
 
 
 def _from_range(
@@ -202,57 +201,15 @@ def _from_range(
   `score(h, top)` is f(h) up to a constant, at most 0 and equal to 0 somewhere, where `top` is the
   largest h (1, or less when the range is below the smallest): then exp cannot overflow, and Z
   cannot underflow, without a further reduction over the batch. `shift` pays for that reduction
-  where the largest f(h) is not known beforehand (see `_tilt`).
+  where the largest f(h) is not known beforehand (see `tilt`).
   """
-  example_losses, valid, base, weights = _prepare(losses, base, weights, nonfinite)
+  example_losses, valid, base, weights = prepare(losses, base, weights, nonfinite)
   low, high = masked.min_max(example_losses, valid)
   spread = jnp.maximum(high - low, _SMALLEST_RANGE)
   # Differences of close floats are exact, a mid-range of close floats is not.
   h = ((example_losses - low) - (high - example_losses)) / spread
   scores = score(h, (high - low) / spread)
-  return _tilt(scores, temperature, valid, base, weights, shift)
-
-
-def _prepare(
-  losses: jax.Array, base: jax.Array | None, weights: jax.Array | None, nonfinite: str
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Checks shapes, fills in defaults, stops gradients; returns (example losses, valid, base,
-  weights)."""
-  if losses.ndim not in (1, 2):
-    raise ValueError(f'losses must be [B] or [B, T], got shape {losses.shape}')
-  if nonfinite not in ('propagate', 'mask'):
-    raise ValueError(f"nonfinite={nonfinite!r} must be 'propagate' or 'mask'")
-  losses, base, weights = masked.fill_in(losses, base, weights)
-  example_losses, example_base = masked.example_level(losses, base)
-  valid = example_base > 0
-  if nonfinite == 'mask':
-    valid &= jnp.isfinite(example_losses)
-  return example_losses, valid, base, weights
-
-
-def _tilt(
-  score: jax.Array,
-  temperature: float | jax.Array,
-  valid: jax.Array,
-  base: jax.Array,
-  weights: jax.Array,
-  shift: bool,
-) -> jax.Array:
-  """weights * exp(score / r) / Z, with Z such that sum(base * weights) stays.
-
-  `shift` first makes the largest score 0, over the examples whose incoming weight is not 0: the
-  others have no part in Z and could push all that have one below the smallest float.
-  """
-  check_positive(temperature=temperature)
-  inverse = 1 / jnp.asarray(temperature, score.dtype)  # 0 for r = inf: uniform, without a branch
-  inverse = jnp.minimum(inverse, jnp.finfo(score.dtype).max)  # r -> 0: 0 * inf would be NaN
-  _, measure = masked.example_level(base, base * weights)
-  if shift:
-    score = jnp.minimum(score - masked.largest(score, valid & (measure != 0)), 0)
-  score = jnp.where(valid, score, 0)  # before exp: padding may hold anything
-  tilt = jnp.where(valid, jnp.exp(score * inverse), 0)
-  mass, tilted = jnp.sum(jnp.stack([measure, measure * tilt]), axis=1)  # one collective for both
-  return weights * masked.over_tokens(tilt * masked.divide(mass, tilted), weights)
+  return tilt(scores, temperature, valid, base, weights, shift)
 
 
 def _weighting(
@@ -301,7 +258,7 @@ def kl_dro(temperature: Temperature = 1.0, nonfinite: Nonfinite = 'propagate') -
   softmax type: one pass over microbatches gives its exact global gradient."""
 
   def log_weights(*, losses, base=None, step=None, **_):
-    scores, valid, *_ = _prepare(losses, base, None, nonfinite)
+    scores, valid, *_ = prepare(losses, base, None, nonfinite)
     r = jnp.asarray(at_step(temperature, step, 'temperature'), scores.dtype)
     return jnp.where(valid, scores / r, -jnp.inf)
 
@@ -329,7 +286,7 @@ def linupper_stale(temperature: Temperature = 1.0) -> Weighting:
   check_positive(temperature=temperature)
 
   def scores_of(losses, base, state):
-    example_losses, valid, base, _ = _prepare(losses, base, None, 'propagate')
+    example_losses, valid, base, _ = prepare(losses, base, None, 'propagate')
     low, high = state
     spread = jnp.maximum(high - low, _SMALLEST_RANGE)
     h = ((example_losses - low) - (high - example_losses)) / spread
@@ -345,7 +302,7 @@ def linupper_stale(temperature: Temperature = 1.0) -> Weighting:
     scores, example_losses, valid = scores_of(losses, base, state)
     base = jnp.ones_like(weights) if base is None else base
     r = at_step(temperature, step, 'temperature')
-    weights = _tilt(scores, r, valid, base, weights, shift=True)
+    weights = tilt(scores, r, valid, base, weights, shift=True)
     seen = jnp.stack(masked.min_max(example_losses, valid)).astype(jnp.float32)
     # A broken or empty batch must not spoil the range of the steps to come.
     return weights, jnp.where(jnp.all(jnp.isfinite(seen)) & jnp.any(valid), seen, state)

@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from jaxrw import masked
 from jaxrw.core import Weighting, at_step, declare, stateless
+from jaxrw.weights._rows import check_share, keep_top
 
 _PAPER = 'Lin et al., Rho-1: Not All Tokens Are What You Need, NeurIPS 2024 (arXiv 2404.07965)'
 Share = float | jax.Array | Callable[[jax.Array], jax.Array]
@@ -73,30 +73,19 @@ def token_topk_weights(
     )
   if ref_losses.shape != losses.shape:
     raise ValueError(f'ref_losses has shape {ref_losses.shape}, losses {losses.shape}')
-  _check_share(share)
+  check_share(share)
   losses, base, weights = masked.fill_in(losses, base, weights)
-  valid = base > 0
-  score = jnp.where(valid, losses - jax.lax.stop_gradient(ref_losses), 0)
-  keep = masked.top_share(score, valid, share)
-  measure = base * weights
-  terms = jnp.stack([measure, jnp.where(keep, measure, 0), score * 0])  # 0, or NaN
-  total, kept, broken = jnp.sum(terms, axis=(1, 2))  # one collective for all three
-  return jnp.where(keep, weights * (masked.divide(total, kept) + broken), 0)
+  return keep_top(losses - jax.lax.stop_gradient(ref_losses), share, base, weights)
 
 
 @declare('normalized', 'token', 'paper', _PAPER)
 def token_topk(share: Share = 0.6) -> Weighting:
   """Stage of `token_topk_weights`; needs the signal `ref_losses` [B, T]. The share may be a
   schedule, a function of the step."""
-  _check_share(share)
+  check_share(share)
 
   def update(weights, *, losses, ref_losses, base=None, step=None, **_):
     now = at_step(share, step, 'share')
     return token_topk_weights(losses, ref_losses, now, base=base, weights=weights)
 
   return stateless(update)
-
-
-def _check_share(share: Share) -> None:
-  if isinstance(share, (int, float)) and not 0 < share <= 1:
-    raise ValueError(f'share={share} must be in (0, 1]')

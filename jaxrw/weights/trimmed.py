@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 from jaxrw import masked
 from jaxrw.core import Weighting, at_step, declare, stateless
+from jaxrw.weights._rows import check_share, keep_top
 
 Share = float | jax.Array | Callable[[jax.Array], jax.Array]
 Side = Literal['high', 'low']
@@ -59,15 +59,8 @@ def trimmed_weights(
   """
   _check(share, side)
   losses, base, weights = masked.fill_in(losses, base, weights)
-  example_losses, example_base = masked.example_level(losses, base)
-  valid = example_base > 0
-  score = jnp.where(valid, example_losses if side == 'high' else -example_losses, 0)
-  keep = masked.top_share(score, valid, share)
-  _, measure = masked.example_level(base, base * weights)
-  terms = jnp.stack([measure, jnp.where(keep, measure, 0), score * 0])  # 0, or NaN
-  total, kept, broken = jnp.sum(terms, axis=1)  # one collective for all three
-  factor = jnp.where(keep, masked.divide(total, kept) + broken, 0)
-  return jnp.where(base > 0, weights * masked.over_tokens(factor, weights), 0)
+  example_losses, _ = masked.example_level(losses, base)
+  return keep_top(example_losses if side == 'high' else -example_losses, share, base, weights)
 
 
 @declare(
@@ -85,7 +78,6 @@ def trimmed(share: Share = 0.5, side: Side = 'high') -> Weighting:
 
 
 def _check(share: Share, side: str) -> None:
-  if isinstance(share, (int, float)) and not 0 < share <= 1:
-    raise ValueError(f'share={share} must be in (0, 1]')
+  check_share(share)
   if side not in ('high', 'low'):
     raise ValueError(f"side={side!r} must be 'high' or 'low'")

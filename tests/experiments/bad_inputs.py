@@ -341,8 +341,8 @@ CASES: dict[str, tuple[Case, ...]] = {
     Case(
       'one pass for a weighting that needs two',
       ('--config.scope=online',),
-      "config.scope='online' is for weightings of the softmax type (kl_dro, linupper_stale and "
-      'their chains):',
+      "config.scope='online' is for weightings of the softmax type (kl_dro, tilted, linupper_stale "
+      'and their chains):',
       "use scope='global'",
     ),
     Case(
