@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-import jaxrw
-from jaxrw import losses
+from jaxrw import losses, weights
 from jaxrw.core import Weighting
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
@@ -32,39 +31,65 @@ class Arm(NamedTuple):
   """How one model is trained.
 
   Attributes:
-    weighting: (facts, table) -> Weighting. The table, [n], is what `prelude` left, or None.
+    weighting: facts -> Weighting.
     loss: facts -> per-example loss.
-    cosine: whether the last layer compares directions: 16 cos(angle) for its logits.
-    prelude: what is trained first: 'reference', a model of the trusted set, whose losses on the
-      training set are the table; 'errors', a model of the training set for a tenth of the steps,
-      whose mistakes are.
-    trusted: whether it sees the trusted set, which the baseline does not.
-    alone: whether it sees nothing but the trusted set.
-    unlabeled: what `consistency` does with examples without labels: '' where there are none.
+    cosine: whether the last layer compares directions: its logits are cosines.
+    restart: after this share of the steps parameters begin anew and are trained for all of the
+      steps; the weighting's state stays.
+    reference: whether a model of the trusted set is trained first, whose losses are `ref_losses`.
+    aligned: whether the signal `alignment` with the gradient of the trusted set is computed.
+    alone: whether it is trained on the trusted set and nothing else.
+    loop: a loop other than the plain one: 'co_teaching', or what `consistency` does with examples
+      without labels.
   """
 
-  weighting: Callable[[Facts, Any], Weighting]
+  weighting: Callable[[Facts], Weighting]
   loss: Callable[[Facts], Loss] = lambda _: losses.cross_entropy
   cosine: bool = False
-  prelude: str = ''
-  trusted: bool = False
+  restart: float = 0.0
+  reference: bool = False
+  aligned: bool = False
   alone: bool = False
-  unlabeled: str = ''
+  loop: str = ''
 
 
-def plain(weighting: Callable[..., Weighting], **fields: Any) -> Arm:
-  return Arm(lambda facts, table: weighting(), **fields)
+def plain(weighting: Weighting, **fields: Any) -> Arm:
+  """An arm that needs to know nothing in advance."""
+  return Arm(lambda _: weighting, **fields)
 
 
+def _first_run(facts: Facts) -> int:
+  return max(1, round(0.1 * facts.steps))
+
+
+def _co_teaching(facts: Facts) -> Weighting:
+  return weights.co_teaching(weights.co_teaching_share(0.4, max(1, facts.steps // 5)))
+
+
+def _self_paced(facts: Facts) -> Weighting:
+  grown = weights.growing_threshold(2.5, 1.1, every=max(1, facts.steps // 10))
+  return weights.self_paced(grown)
+
+
+UNIFORM = plain(weights.uniform())
 ARMS = {
-  'uniform': plain(jaxrw.uniform),
-  'linupper': plain(lambda: jaxrw.linupper(1.0)),
-  'trimmed low': plain(lambda: jaxrw.trimmed(0.6, 'low')),
-  'trimmed high': plain(lambda: jaxrw.trimmed(0.5, 'high')),
-  'kl_dro': plain(lambda: jaxrw.kl_dro(1.0)),
-  'group_dro': Arm(lambda facts, _: jaxrw.group_dro(len(facts.group_counts), rate=0.1)),
-  'learning_to_reweight': plain(jaxrw.learning_to_reweight, trusted=True),
-  'trusted only': plain(jaxrw.uniform, alone=True),
-  'labels only': plain(jaxrw.uniform, unlabeled='labels only'),
-  'fixmatch': plain(jaxrw.uniform, unlabeled='fixmatch'),
+  'uniform': UNIFORM,
+  'trusted only': UNIFORM._replace(alone=True),
+  'labels only': UNIFORM._replace(loop='labels only'),
+  'fixmatch': UNIFORM._replace(loop='fixmatch'),
+  # Shares of 0.6 and 0.4 know how much of the noise there is, as co-teaching's authors do.
+  'trimmed low': plain(weights.trimmed(0.6, 'low')),
+  'co_teaching': Arm(_co_teaching, loop='co_teaching'),
+  'generalized_cross_entropy': plain(weights.generalized_cross_entropy(0.7)),
+  'tilted t=-2': plain(weights.tilted(-2.0)),
+  'tilted t=1': plain(weights.tilted(1.0)),
+  'linupper': plain(weights.linupper(1.0)),
+  'selective_backprop': plain(weights.selective_backprop()),
+  'self_paced': Arm(_self_paced),
+  'rho_loss': plain(weights.rho_loss(0.1), reference=True),
+  'learning_to_reweight': plain(weights.learning_to_reweight(), aligned=True),
+  'group_dro': Arm(lambda facts: weights.group_dro(len(facts.group_counts), rate=0.1)),
+  'jtt': Arm(lambda facts: weights.jtt(facts.examples, 20.0, _first_run(facts)), restart=0.1),
+  'cvar': plain(weights.cvar(0.2)),
+  'chi_square_dro': plain(weights.chi_square_dro(0.5)),
 }

@@ -33,12 +33,25 @@ _LONG, _NOISY, _BIRDS, _FAIR, _SEMI, _RARE = (
 )
 CLAIMS = (
   Claim(_NOISY, 'trimmed low', 'accuracy'),
+  Claim(_NOISY, 'co_teaching', 'accuracy'),
+  Claim(_NOISY, 'generalized_cross_entropy', 'accuracy'),
+  Claim(_NOISY, 'tilted t=-2', 'accuracy'),
+  Claim(_NOISY, 'self_paced', 'accuracy'),
   Claim(_NOISY, 'learning_to_reweight', 'accuracy'),
+  Claim(_NOISY, 'rho_loss', 'accuracy'),
+  Claim(_NOISY, 'rho_loss', 'accuracy', against='trusted only'),
+  Claim(_NOISY, 'tilted t=1', 'accuracy', 'lower'),
   Claim(_NOISY, 'linupper', 'accuracy', 'lower'),
+  Claim(_NOISY, 'selective_backprop', 'accuracy', 'lower'),
   Claim(_BIRDS, 'group_dro', 'worst group'),
   Claim(_BIRDS, 'group_dro', 'accuracy', 'lower'),
+  Claim(_BIRDS, 'jtt', 'worst group'),
+  Claim(_BIRDS, 'cvar', 'worst group'),
+  Claim(_BIRDS, 'chi_square_dro', 'worst group'),
   Claim(_FAIR, 'group_dro', 'worst group'),
   Claim(_FAIR, 'group_dro', 'equity-scaled'),
+  Claim(_FAIR, 'cvar', 'worst group'),
+  Claim(_FAIR, 'chi_square_dro', 'worst group'),
   Claim(_SEMI, 'fixmatch', 'accuracy', against='labels only'),
 )
 

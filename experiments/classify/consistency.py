@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from experiments.classify.model import Params, forward, initial
+from experiments.classify.arms import Facts
+from experiments.classify.model import Params, adam, forward, initial, moved
 from experiments.classify.sources import Examples
 from experiments.classify.tasks import Task
 from jaxrw.losses import cross_entropy
@@ -23,16 +23,17 @@ LABELED = 64  # rows of a batch; the rest is unlabeled
 
 
 def descend(
-  task: Task, kind: str, steps: int, labeled: int, data: Examples, key: jax.Array, rate: Any
+  task: Task, kind: str, facts: Facts, data: Examples, key: jax.Array, rate: Any
 ) -> Params:
   """Adam on batches of both; returns the moving average of the parameters.
 
   Args:
     kind: 'labels only', 'fixmatch' or 'shrinkmatch'.
-    labeled: how many examples have a label, y >= 0.
+    data: y is -1 where there is no label.
   """
+  labeled = round(facts.class_counts.sum())
   known = jnp.argsort(data.y < 0)[:labeled]
-  optimizer = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(task.decay))
+  optimizer = adam(task.decay)
   params = initial(key, data.x.shape[1], task.hidden, task.classes)
 
   def step(carry, t):
@@ -55,13 +56,12 @@ def descend(
       return loss + jnp.mean(certain * cross_entropy(logits, jnp.argmax(p, axis=-1)))
 
     slope = jax.grad(objective)(params)
-    move, moments = optimizer.update(slope, moments, params)
-    params = jax.tree.map(lambda p, m: p - rate * m, params, move)
+    params, moments = moved(optimizer, rate, slope, moments, params)
     average = jax.tree.map(lambda a, p: 0.99 * a + 0.01 * p, average, params)
     return (params, moments, average), None
 
   carry = params, optimizer.init(params), params
-  return jax.lax.scan(step, carry, jnp.arange(steps))[0][2]
+  return jax.lax.scan(step, carry, jnp.arange(facts.steps))[0][2]
 
 
 def disturbed(key: jax.Array, x: jax.Array) -> jax.Array:

@@ -12,15 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from experiments.classify import consistency
-from experiments.classify.arms import ARMS, Arm, Facts
-from experiments.classify.model import Params, forward, initial
+from experiments.classify import consistency, peers
+from experiments.classify.arms import UNIFORM, Arm, Facts
+from experiments.classify.model import Params, adam, forward, initial, moved
 from experiments.classify.sources import Examples
 from experiments.classify.tasks import Problem, Task
 from jaxrw import gradients
 from jaxrw.losses import cross_entropy
+
+# Optimized code is twice as fast here, and takes five times as long to compile as to run.
+_QUICK = {'xla_backend_optimization_level': 0}
 
 
 def stack(problems: Sequence[Problem]) -> Problem:
@@ -51,31 +53,28 @@ def train(
   """
   known = facts(task, problems)
 
-  def one(seed, rate):
+  def one(problems, seed, rate):  # arguments: constants of this size would slow compilation
     sets = jax.tree.map(lambda a: a[seed], problems)
     params = fit(task, arm, known, sets, jax.random.key(seed), rate)
     return tuple(forward(params, e.x, arm.cosine) for e in (sets.validation, sets.test))
 
-  out = jax.jit(jax.vmap(one))(jnp.asarray(seeds), jnp.asarray(rates, jnp.float32))
+  many = jax.jit(jax.vmap(one, (None, 0, 0)), compiler_options=_QUICK)
+  out = many(problems, jnp.asarray(seeds), jnp.asarray(rates, jnp.float32))
   return np.asarray(out[0]), np.asarray(out[1])
 
 
 def fit(task: Task, arm: Arm, known: Facts, sets: Problem, key: jax.Array, rate: Any) -> Params:
   """The model of one run, with what has to be trained before it."""
+  if arm.loop == 'co_teaching':
+    return peers.descend(task, arm.weighting(known), known, sets.train, key, rate)
+  if arm.loop:
+    return consistency.descend(task, arm.loop, known, sets.train, key, rate)
   data = sets.trusted if arm.alone else sets.train
-  if arm.unlabeled:
-    labeled = round(known.class_counts.sum())
-    return consistency.descend(task, arm.unlabeled, known.steps, labeled, data, key, rate)
-  uniform = ARMS['uniform']
-  table = None
-  if arm.prelude == 'reference':
-    params = descend(task, uniform, known, sets.trusted, sets.trusted, None, key, rate)
-    table = cross_entropy(forward(params, data.x), data.y)
-  elif arm.prelude == 'errors':
-    first = known._replace(steps=max(1, known.steps // 10))
-    params = descend(task, uniform, first, data, sets.trusted, None, key, rate)
-    table = jnp.argmax(forward(params, data.x), axis=-1) != data.y
-  return descend(task, arm, known, data, sets.trusted, table, key, rate)
+  ref_losses = None
+  if arm.reference:
+    params = descend(task, UNIFORM, known, sets.trusted, sets.trusted, None, key, rate)
+    ref_losses = cross_entropy(forward(params, data.x), data.y)
+  return descend(task, arm, known, data, sets.trusted, ref_losses, key, rate)
 
 
 def descend(
@@ -84,25 +83,29 @@ def descend(
   known: Facts,
   data: Examples,
   trusted: Examples,
-  table: jax.Array | None,
+  ref_losses: jax.Array | None,
   key: jax.Array,
   rate: Any,
 ) -> Params:
   """Adam on batches drawn with replacement."""
-  rw, loss = arm.weighting(known, table), arm.loss(known)
-  optimizer = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(task.decay))
+  rw, loss = arm.weighting(known), arm.loss(known)
+  optimizer = adam(task.decay)
   params = initial(key, data.x.shape[1], task.hidden, task.classes)
+  start, first = (params, optimizer.init(params)), round(arm.restart * known.steps)
 
   def step(carry, t):
     params, moments, state = carry
+    params, moments = jax.tree.map(
+      lambda old, now: jnp.where(t == first, old, now), start, (params, moments)
+    )
     now = jax.random.fold_in(key, t)
     rows = jax.random.randint(now, (task.batch,), 0, len(data.y))
     x, labels = data.x[rows], data.y[rows]
     signals = {'labels': labels, 'group_ids': data.group[rows], 'example_ids': rows}
     signals |= {'step': t, 'key': now}
-    if arm.prelude == 'reference':
-      signals['ref_losses'] = table[rows]
-    if arm.trusted:
+    if ref_losses is not None:
+      signals['ref_losses'] = ref_losses[rows]
+    if arm.aligned:
       helped = gradients.target_direction(
         lambda p, e: jnp.mean(loss(forward(p, e.x, arm.cosine), e.y)), params, trusted
       )
@@ -120,9 +123,8 @@ def descend(
       return jnp.mean(w * losses), new
 
     slope, state = jax.grad(objective, has_aux=True)(params)
-    move, moments = optimizer.update(slope, moments, params)
-    params = jax.tree.map(lambda p, m: p - rate * m, params, move)
+    params, moments = moved(optimizer, rate, slope, moments, params)
     return (params, moments, state), None
 
-  carry = params, optimizer.init(params), rw.init()
-  return jax.lax.scan(step, carry, jnp.arange(known.steps))[0][0]
+  steps = jnp.arange(first + known.steps)
+  return jax.lax.scan(step, (*start, rw.init()), steps)[0][0]

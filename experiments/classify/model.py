@@ -1,10 +1,13 @@
-"""The model: a perceptron in plain JAX."""
+"""The model, a perceptron in plain JAX, and its optimizer."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 Params = dict[str, jax.Array]
 
@@ -31,3 +34,16 @@ def forward(params: Params, x: jax.Array, cosine: bool = False) -> jax.Array:
     return x @ params['out'] + params['out_bias']
   unit = lambda a, axis: a * jax.lax.rsqrt(jnp.sum(a**2, axis=axis, keepdims=True) + 1e-6)
   return unit(x, -1) @ unit(params['out'], 0)
+
+
+def adam(decay: float) -> optax.GradientTransformation:
+  """Adam with decoupled weight decay, for a rate that is a traced number: see `moved`."""
+  return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(decay))
+
+
+def moved(
+  optimizer: optax.GradientTransformation, rate: Any, slope: Params, moments: Any, params: Params
+) -> tuple[Params, Any]:
+  """(parameters, moments) after one step against the slope."""
+  move, moments = optimizer.update(slope, moments, params)
+  return jax.tree.map(lambda p, m: p - rate * m, params, move), moments
