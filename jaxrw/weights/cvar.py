@@ -126,12 +126,13 @@ def chi_square_dro_weights(
     excess = p * jnp.maximum(scores - eta, 0)
     return jnp.stack([jnp.sum(excess), jnp.sum(excess * jnp.maximum(scores - eta, 0))])
 
-  left, width, inside = low, high - low, True
+  left, width, inside = low, high - low, None
   for _ in range(_ROUNDS):
     step = width / _CANDIDATES
     first, second = jax.vmap(uneven, out_axes=1)(left + step * jnp.arange(_CANDIDATES))
     fine = second <= allowed * first**2
-    inside &= fine[0]  # else no weight is 0, and eta lies below all losses
+    if inside is None:
+      inside = fine[0]  # else no weight is 0, and eta lies below all losses
     left, width = left + step * jnp.maximum(jnp.sum(fine) - 1, 0), step
   active = (measure > 0) & ((scores > left) | (scores == high) | ~inside)
   p = jnp.where(active, p, 0)

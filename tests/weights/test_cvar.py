@@ -91,6 +91,47 @@ def test_chi_square_is_what_a_solver_finds(radius):
   np.testing.assert_array_equal(np.asarray(w)[~present], 0)
 
 
+def _by_sorting(losses, p, radius):
+  """The examples from the k-th lowest on, for the k at which the closed form holds, in float64."""
+  order = np.argsort(losses)
+  for k in range(len(losses)):
+    rows = order[k:]
+    share = p[rows].sum()
+    mean = p[rows] @ losses[rows] / share
+    variance = p[rows] @ (losses[rows] - mean) ** 2 / share
+    over = share * (1 + 2 * radius) - 1
+    if over <= 0 or variance <= 0:
+      break
+    width = np.sqrt(variance / over)
+    if mean - width < losses[rows[0]] and (k == 0 or mean - width >= losses[order[k - 1]]):
+      return np.maximum(losses - mean + width, 0) / (share * width)
+  top = losses == losses.max()
+  return top / p[top].sum()
+
+
+@pytest.mark.parametrize('kind', ['gamma', 'ties', 'heavy tails', 'narrow'])
+def test_chi_square_equals_a_search_over_sorted_losses(kind):
+  rng, n = np.random.default_rng(5), 24
+  draw = {
+    'gamma': lambda: rng.gamma(2, 1, n),
+    'ties': lambda: rng.integers(0, 3, n) * 1.0,
+    'heavy tails': lambda: rng.standard_cauchy(n),
+    'narrow': lambda: 5 + 1e-3 * rng.random(n),
+  }[kind]
+  for _ in range(25):
+    losses = draw().astype(np.float32)
+    base = rng.integers(1, 4, n).astype(np.float32)
+    radius = float(rng.choice([1e-3, 0.01, 0.1, 0.5, 2.0, 10.0]))
+    p, w = (
+      base.astype(float) / base.sum(),
+      np.asarray(_chi_square(losses, radius, base=base), float),
+    )
+    expected = _by_sorting(losses.astype(float), p, radius)
+    centered = losses.astype(float) - np.mean(losses, dtype=float)
+    assert abs(p @ ((w - expected) * centered)) < 2e-4 * np.std(centered)
+    np.testing.assert_allclose(p @ w, 1, rtol=1e-5)
+
+
 def test_chi_square_adds_the_deviation_of_the_losses():
   """While no weight is 0: sum(q l) = mean + sqrt(2 rho var)."""
   losses, rho = np.random.default_rng(4).uniform(2, 3, 50), 0.05
