@@ -297,6 +297,39 @@ def check_range(ids: jax.Array, size: int, name: str) -> jax.Array:
   return fine
 
 
+def check_groups(group_ids: jax.Array, num_groups: int, rows: int) -> jax.Array:
+  """Which rows name one of `num_groups` groups, are unknown (-1), or belong to several in part.
+
+  Args:
+    group_ids: int[B], checked as by `check_range`; or float[B, G], how far each row belongs to each
+      group (a proxy's calibrated probabilities): at least 0 and at most 1 in sum; what a row lacks
+      to 1 is unknown. Concrete arrays are checked here; for traced ones the caller turns the weight
+      of such a row into NaN.
+    num_groups: G.
+    rows: B.
+
+  Returns:
+    bool[B], False where an id or a row is out of range.
+
+  Raises:
+    TypeError: ids that are not integers.
+    IndexError: a concrete id out of range.
+    ValueError: another shape; concrete memberships that are negative or more than 1 in sum.
+  """
+  if group_ids.shape not in ((rows,), (rows, num_groups)):
+    raise ValueError(
+      f'group_ids has shape {group_ids.shape}; expected ids [{rows}] or memberships '
+      f'[{rows}, {num_groups}]'
+    )
+  if group_ids.ndim == 1:
+    return check_range(group_ids, num_groups, 'group_ids')
+  fine = jnp.all(group_ids >= 0, axis=1) & (jnp.sum(group_ids, axis=1) <= 1 + 1e-4)
+  if not isinstance(fine, jax.core.Tracer) and not bool(jnp.all(fine)):
+    row = int(jnp.argmin(fine))
+    raise ValueError(f'group_ids[{row}] = {group_ids[row]} must be at least 0 and at most 1 in sum')
+  return fine
+
+
 def check_positive(**values: Any) -> None:
   """Holds hyperparameters to be numbers > 0; schedules, arrays and traced values pass unchecked.
 

@@ -73,7 +73,8 @@ def group_sums(values: jax.Array, group_ids: jax.Array, num_groups: int) -> jax.
 
   Args:
     values: float[B, C], already multiplied by base.
-    group_ids: int[B]; an id outside 0 .. num_groups - 1 (-1: unknown) belongs to no group.
+    group_ids: int[B]; an id outside 0 .. num_groups - 1 (-1: unknown) belongs to no group. Or
+      float[B, G], how far each example belongs to each group.
     num_groups: G.
 
   Returns:
@@ -85,8 +86,9 @@ def group_sums(values: jax.Array, group_ids: jax.Array, num_groups: int) -> jax.
     Array([[2.],
            [5.]], dtype=float32)
   """
-  member = group_ids[:, None] == jnp.arange(num_groups)
-  return jnp.sum(jnp.where(member[:, :, None], values[:, None, :], 0), axis=0)
+  member = masked.membership(group_ids, num_groups)[:, :, None].astype(values.dtype)
+  values = values[:, None, :]
+  return jnp.sum(jnp.where((member != 0) & (values != 0), member * values, 0), axis=0)
 
 
 # Which mean does a loop take? ---------------------------------------------------------------------

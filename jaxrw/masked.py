@@ -106,6 +106,30 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
   return jnp.sum(jnp.where(member, table, 0), axis=1)
 
 
+def membership(group_ids: jax.Array, num_groups: int) -> jax.Array:
+  """How far each row belongs to each group: `[B, G]`, from ids int[B] or as given, float[B, G].
+
+  A row of an id outside 0 .. G - 1 (-1: unknown) belongs to none.
+  """
+  if group_ids.ndim == 2:
+    return jax.lax.stop_gradient(group_ids)
+  return group_ids[:, None] == jnp.arange(num_groups)
+
+
+def of_groups(per_group: jax.Array, member: jax.Array) -> jax.Array:
+  """sum_g member_ig f_g + 1 - sum_g member_ig: each row's own factor; 1 as far as it is unknown.
+
+  Args:
+    per_group: float[G], on every device.
+    member: from `membership`.
+
+  Returns:
+    [B], for ids the same as `lookup` with 1 instead of 0. No collective.
+  """
+  share = member.astype(per_group.dtype)
+  return jnp.sum(jnp.where(share != 0, share * per_group, 0), axis=1) + (1 - jnp.sum(share, axis=1))
+
+
 def top_share(values: jax.Array, valid: jax.Array, share: float | jax.Array) -> jax.Array:
   """Which valid entries are among the `share` with the largest values.
 

@@ -41,6 +41,9 @@ CASES = {
   'jtt': jaxrw.jtt(16, 5.0, until=5),
   'jtt_finding': jaxrw.jtt(16, 5.0, until=9),
   'group_dro': jaxrw.group_dro(3, 0.1),
+  'group_dro_soft': jaxrw.group_dro(3, 0.1),
+  'inverse_frequency': jaxrw.inverse_frequency([6, 3, 1]),
+  'effective_number': jaxrw.effective_number([600, 30, 1]),
   'hedge': jaxrw.hedge(16, 6, 0.3),
   'hedge_smaller': jaxrw.hedge(24, 6, -0.3),
   'adawac': jaxrw.adawac(16, 0.5),
@@ -93,6 +96,16 @@ def _predictions(signals):
   return {'logits': jnp.stack([3 - losses, losses], axis=1), 'labels': signals['group_ids'] % 2}
 
 
+def _labels(signals):
+  return {'labels': signals['group_ids']}
+
+
+def _memberships(signals):
+  ids, losses = signals['group_ids'], _of_examples(signals)
+  certain = jnp.exp(-jnp.abs(losses))
+  return {'group_ids': certain[:, None] * (ids[:, None] == jnp.arange(3))}
+
+
 def _sampling(signals):
   losses = _of_examples(signals)
   return {
@@ -117,6 +130,9 @@ CLAIMS = {
   'co_teaching': {'extra_signals': _reference},
   'grad_norm_sampling': {'extra_signals': _norms, 'equivariant': False},
   'jtt': {'extra_signals': _predictions, 'ids': 'example_ids', 'table': True},
+  'group_dro_soft': {'extra_signals': _memberships, 'ids': None},
+  'inverse_frequency': {'extra_signals': _labels, 'ids': 'labels'},
+  'effective_number': {'extra_signals': _labels, 'ids': 'labels'},
   'importance': {'extra_signals': _sampling, 'ids': 'group_ids'},
 }
 

@@ -1,6 +1,12 @@
 """Weightings: for each idea the plain function and its `Weighting` side by side."""
 
 from jaxrw.weights.adapt import adapt, adapt_weights, anchor_mean, pool_positions
+from jaxrw.weights.class_balance import (
+  effective_number,
+  effective_number_weights,
+  inverse_frequency,
+  inverse_frequency_weights,
+)
 from jaxrw.weights.cvar import chi_square_dro, chi_square_dro_weights, cvar, cvar_weights
 from jaxrw.weights.example_table import adawac, hedge, hedge_weights
 from jaxrw.weights.generalized_cross_entropy import (
@@ -62,6 +68,8 @@ __all__ = [
   'co_teaching_weights',
   'cvar',
   'cvar_weights',
+  'effective_number',
+  'effective_number_weights',
   'extremes',
   'extremes_weights',
   'generalized_cross_entropy',
@@ -77,6 +85,8 @@ __all__ = [
   'hedge_weights',
   'importance',
   'importance_weights',
+  'inverse_frequency',
+  'inverse_frequency_weights',
   'jtt',
   'jtt_weights',
   'kl_dro',

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrw import diagnostics, masked
-from jaxrw.core import Weighting, at_step, check_range, declare
+from jaxrw.core import Weighting, at_step, check_groups, declare
 
 _PAPER = 'Sagawa et al., Distributionally Robust Neural Networks, ICLR 2020 (arXiv 1911.08731)'
 
@@ -42,7 +42,8 @@ def group_dro_weights(
 
   Args:
     log_q: float32[G], logarithm of a distribution over groups.
-    group_ids: int[B]. -1 is an unknown group: weight 1, part of no mean.
+    group_ids: int[B]. -1 is an unknown group: weight 1, part of no mean. Or float[B, G], how far
+      each example belongs to each group, at most 1 in sum; what is missing is unknown.
     losses: float[B], or float[B, T], whose mean over T is the loss of an example.
     rate: step size of q, >= 0, in 1 / the losses' unit. At 0 every group present counts alike.
     base: float, shape of the losses: how much each entry counts in the ordinary mean, 0 for
@@ -58,7 +59,7 @@ def group_dro_weights(
 
   Raises:
     IndexError: a concrete id out of range.
-    ValueError: shapes that do not match.
+    ValueError: shapes that do not match, memberships that are no shares.
 
   Example:
     >>> import jax.numpy as jnp, jaxrw
@@ -72,9 +73,7 @@ def group_dro_weights(
   """
   if losses.ndim not in (1, 2):
     raise ValueError(f'losses must be [B] or [B, T], got shape {losses.shape}')
-  if group_ids.shape != losses.shape[:1]:
-    raise ValueError(f'group_ids has shape {group_ids.shape}, losses {losses.shape}: expected [B]')
-  fine = check_range(group_ids, log_q.size, 'group_ids')
+  fine = check_groups(group_ids, log_q.size, losses.shape[0])
   losses, base, weights = masked.fill_in(losses, base, weights)
   measure = base * weights
   tokens = tuple(range(1, losses.ndim))
@@ -88,7 +87,8 @@ def group_dro_weights(
   log_q = jax.nn.log_softmax(moved).astype(log_q.dtype)
   q = jnp.where(present, jnp.exp(log_q - masked.largest(log_q, present)), 0)  # the largest is 1
   per_group = masked.divide(q, mass) * masked.divide(jnp.sum(mass), jnp.sum(q))
-  factor = jnp.where(group_ids == -1, 1, masked.lookup(per_group.astype(losses.dtype), group_ids))
+  member = masked.membership(group_ids, log_q.size)
+  factor = masked.of_groups(per_group.astype(losses.dtype), member)
   out = weights * masked.over_tokens(jnp.where(fine, factor, jnp.nan), weights)
   return jnp.where(base > 0, out, 0), log_q
 

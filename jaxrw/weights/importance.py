@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrw import masked
-from jaxrw.core import Weighting, check_range, declare, stateless
+from jaxrw.core import Weighting, check_groups, declare, stateless
 
 
 def importance_weights(
@@ -24,7 +24,8 @@ def importance_weights(
     objective_prob: float[G], p, the domains' shares in the loss.
     sampling_prob: float[B], q of each example's domain when it was drawn, > 0. It belongs to the
       example and not to the moment, because data are drawn some steps before they are used.
-    group_ids: int[B], each example's domain. -1 is an unknown one: weight 1.
+    group_ids: int[B], each example's domain. -1 is an unknown one: weight 1. Or float[B, G], how
+      far it belongs to each domain: sum_g m_g p_g / q, and 1 as far as it is unknown.
 
   Returns:
     float32[B] (float64 for float64 p). A traced id out of range, or a traced q <= 0, gives NaN.
@@ -41,16 +42,18 @@ def importance_weights(
 
   Source: importance sampling, textbook form.
   """
-  if objective_prob.ndim != 1 or sampling_prob.shape != group_ids.shape or group_ids.ndim != 1:
+  if objective_prob.ndim != 1 or sampling_prob.ndim != 1:
     raise ValueError(
-      f'objective_prob {objective_prob.shape} must be [G], sampling_prob {sampling_prob.shape} and '
-      f'group_ids {group_ids.shape} both [B]'
+      f'objective_prob {objective_prob.shape} must be [G], sampling_prob {sampling_prob.shape} [B]'
     )
-  fine = check_range(group_ids, objective_prob.size, 'group_ids') & (sampling_prob > 0)
+  fine = check_groups(group_ids, objective_prob.size, sampling_prob.size)
   dtype = jnp.promote_types(jnp.float32, objective_prob.dtype)
-  shares = masked.lookup(objective_prob.astype(dtype), group_ids)
-  factor = jnp.where(fine, shares / jnp.where(fine, sampling_prob, 1), jnp.nan)
-  return jnp.where(group_ids == -1, 1, factor)
+  member = masked.membership(group_ids, objective_prob.size).astype(dtype)
+  known = jnp.sum(member, axis=1)
+  fine &= (sampling_prob > 0) | (known == 0)
+  shares = jnp.sum(jnp.where(member != 0, member * objective_prob, 0), axis=1)
+  factor = masked.divide(shares, jnp.where(fine, sampling_prob, 1)) + (1 - known)
+  return jnp.where(fine, factor, jnp.nan)
 
 
 @declare('absolute', 'example', 'ours', 'importance sampling, textbook form')
