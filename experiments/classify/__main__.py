@@ -18,14 +18,14 @@ FOLDER has images/fashion_mnist, images/mnist (the four idx .gz) or images/cifar
 streams), tabular/adult.{train,test}.csv.gz and tabular/wine_quality.csv.gz; worst_group needs no
 files. Images become at most 256 averages over squares of pixels, for the perceptron's sake.
 
-Writes result.json (settings, all seeds' numbers, chosen rates, versions) and board.png.
+Writes result.json (settings, all seeds' numbers, chosen rates, versions) after every arm, and
+board.png. Called again, it trains only the arms that result.json lacks.
 """
 
 from __future__ import annotations
 
 import difflib
 import platform
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -49,24 +49,48 @@ def main(_: list[str]) -> None:
   from experiments import plots
   from experiments.classify import board
 
-  started, opened, results = time.perf_counter(), open_tasks(), {}
+  path, opened = folder / 'result.json', open_tasks()
   arms = chosen('arms', FLAGS.arms, list(dict.fromkeys(c.arm for c in board.CLAIMS)))
-  for name in chosen('tasks', FLAGS.tasks, list(opened)):
-    task, source = opened[name]
-    claims = [c for c in board.CLAIMS if c.arm in arms]
-    if names := board.arms_of(name, claims):
-      task = task._replace(steps=FLAGS.steps or task.steps)
-      results[name] = board.run_task(task, source(), names, FLAGS.seeds, say)
-  if not results:
-    raise UserError(f'--arms={",".join(arms)} has no claim on --tasks={",".join(FLAGS.tasks)}')
-  found = {
-    'settings': settings() | {'seconds': time.perf_counter() - started},
-    **board.record(results, board.CLAIMS),
+  names = chosen('tasks', FLAGS.tasks, list(opened))
+  claims = [c for c in board.CLAIMS if c.arm in arms and c.task in names]
+  if not claims:
+    raise UserError(f'no claim is about --arms={",".join(arms)} on --tasks={",".join(names)}')
+  results = before(path)
+  for name in dict.fromkeys(claim.task for claim in claims):
+    (task, source), known = opened[name], results.setdefault(name, {})
+    task = task._replace(steps=FLAGS.steps or task.steps)
+    missing = [arm for arm in board.arms_of(name, claims) if arm not in known]
+    for arm, result in board.run_task(task, source(), missing, FLAGS.seeds) if missing else ():
+      known[arm] = result
+      found = {'settings': settings(), **board.record(results)}
+      files.write_json(path, found)
+      print(f'{name}: {arm} ({result.seconds:.0f} s)', flush=True)
+  found = {'settings': settings(), **board.record(results)}
+  with files.replacing(folder / 'board.png') as picture:
+    picture.write_bytes(plots.draw_png(lambda: board.draw(found, plots.LIGHT), plots.LIGHT))
+  print('\n' + board.describe(found))
+
+
+def before(path: Path) -> dict:
+  """Results that the folder has from a run that was ended, or asked for other arms: {task: {arm}}.
+
+  Raises:
+    UserError: they were made with other settings.
+  """
+  from experiments.classify import board
+
+  if not path.exists():
+    return {}
+  found = files.read_json(path)
+  if changed := [key for key, value in settings().items() if found['settings'][key] != value]:
+    raise UserError(
+      f'{path} was made with another {changed[0]} ({found["settings"][changed[0]]}): choose another '
+      '--workdir'
+    )
+  return {
+    task: {name: board.Result(**arm) for name, arm in arms.items()}
+    for task, arms in found['tasks'].items()
   }
-  files.write_json(folder / 'result.json', found)
-  with files.replacing(folder / 'board.png') as path:
-    path.write_bytes(plots.draw_png(lambda: board.draw(found, plots.LIGHT), plots.LIGHT))
-  print(board.describe(found))
 
 
 def open_tasks():
@@ -121,7 +145,7 @@ if __name__ == '__main__':
     'arms', [], 'some of the arms, by comma; what they are held against comes along'
   )
   flags.DEFINE_integer('seeds', 10, 'paired seeds, beside the three that choose learning rates')
-  flags.DEFINE_integer('steps', 0, 'of training; 0: 600, or 1000 on large image sets')
+  flags.DEFINE_integer('steps', 0, 'of training; 0: 500, or 1000 on large image sets')
   flags.DEFINE_string('data', '', 'folder with images/ and tabular/')
   flags.DEFINE_string('images', 'fashion_mnist', 'image set in it: fashion_mnist, mnist or cifar10')
   flags.DEFINE_string('tfds', '', 'image set of TFDS')

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxrw import losses, weights
-from jaxrw.core import Weighting
+from jaxrw.core import Weighting, after
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -58,6 +58,10 @@ def plain(weighting: Weighting, **fields: Any) -> Arm:
   return Arm(lambda _: weighting, **fields)
 
 
+def _effective_number(facts: Facts) -> Weighting:
+  return weights.effective_number(facts.class_counts, 0.9999)
+
+
 def _first_run(facts: Facts) -> int:
   return max(1, round(0.1 * facts.steps))
 
@@ -77,10 +81,14 @@ ARMS = {
   'trusted only': UNIFORM._replace(alone=True),
   'labels only': UNIFORM._replace(loop='labels only'),
   'fixmatch': UNIFORM._replace(loop='fixmatch'),
+  'inverse_frequency': Arm(lambda facts: weights.inverse_frequency(facts.class_counts)),
+  'effective_number': Arm(_effective_number),
+  'deferred': Arm(lambda facts: after(round(0.8 * facts.steps), _effective_number(facts))),
   # Shares of 0.6 and 0.4 know how much of the noise there is, as co-teaching's authors do.
   'trimmed low': plain(weights.trimmed(0.6, 'low')),
   'co_teaching': Arm(_co_teaching, loop='co_teaching'),
   'generalized_cross_entropy': plain(weights.generalized_cross_entropy(0.7)),
+  'tilted t=-1': plain(weights.tilted(-1.0)),
   'tilted t=-2': plain(weights.tilted(-2.0)),
   'tilted t=1': plain(weights.tilted(1.0)),
   'linupper': plain(weights.linupper(1.0)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,9 +32,13 @@ _LONG, _NOISY, _BIRDS, _FAIR, _SEMI, _RARE = (
   *('fairness', 'semi_supervised', 'rare_events'),
 )
 CLAIMS = (
+  Claim(_LONG, 'inverse_frequency', 'balanced accuracy'),
+  Claim(_LONG, 'effective_number', 'balanced accuracy'),
+  Claim(_LONG, 'deferred', 'balanced accuracy'),
   Claim(_NOISY, 'trimmed low', 'accuracy'),
   Claim(_NOISY, 'co_teaching', 'accuracy'),
   Claim(_NOISY, 'generalized_cross_entropy', 'accuracy'),
+  Claim(_NOISY, 'tilted t=-1', 'accuracy'),
   Claim(_NOISY, 'tilted t=-2', 'accuracy'),
   Claim(_NOISY, 'self_paced', 'accuracy'),
   Claim(_NOISY, 'learning_to_reweight', 'accuracy'),
@@ -53,6 +57,11 @@ CLAIMS = (
   Claim(_FAIR, 'cvar', 'worst group'),
   Claim(_FAIR, 'chi_square_dro', 'worst group'),
   Claim(_SEMI, 'fixmatch', 'accuracy', against='labels only'),
+  Claim(_RARE, 'inverse_frequency', 'recall'),
+  Claim(_RARE, 'inverse_frequency', 'F1'),
+  Claim(_RARE, 'inverse_frequency', 'average precision'),
+  Claim(_RARE, 'effective_number', 'recall'),
+  Claim(_RARE, 'effective_number', 'F1'),
 )
 
 
@@ -60,13 +69,14 @@ class Result(NamedTuple):
   """An arm on a task.
 
   Attributes:
-    rate: chosen learning rate; `validation` has the metric it was chosen by, for each rate.
+    rate: chosen learning rate.
+    validation: (rate, metric it was chosen by) for the grid.
     values: metric -> one number per seed, on the test sets.
     seconds: training and compilation.
   """
 
   rate: float
-  validation: dict[float, float]
+  validation: Sequence[tuple[float, float]]
   values: dict[str, list[float]]
   seconds: float
 
@@ -78,42 +88,33 @@ def arms_of(task: str, claims: Iterable[Claim] = CLAIMS) -> list[str]:
 
 
 def run_task(
-  task: tasks.Task,
-  source: Source,
-  arms: Sequence[str],
-  seeds: int,
-  say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Result]:
-  """Every arm with every seed, each at the rate that is best for it on the validation sets of
-  `TUNING` seeds of their own."""
+  task: tasks.Task, source: Source, arms: Sequence[str], seeds: int
+) -> Iterator[tuple[str, Result]]:
+  """Arm by arm, every seed at the rate that is best for the arm on the validation sets of `TUNING`
+  seeds of their own."""
   problems = [tasks.problem(task, source, seed) for seed in range(TUNING + seeds)]
   stacked = learner.stack(problems)
-  results = {}
+  tested = list(range(TUNING, TUNING + seeds))
   for name in arms:
     started = time.perf_counter()
-    rate, validation = choose_rate(task, ARMS[name], problems, stacked)
-    tested = list(range(TUNING, TUNING + seeds))
+    validation = try_rates(task, ARMS[name], problems, stacked)
+    rate = max(validation, key=lambda pair: pair[1])[0]
     logits = learner.train(task, ARMS[name], stacked, tested, [rate] * seeds)
     rows = [measured(task, problems[s], *each) for s, *each in zip(tested, *logits)]
     values = {metric: [float(row[metric]) for row in rows] for metric in rows[0]}
-    results[name] = Result(rate, validation, values, time.perf_counter() - started)
-    means = ', '.join(f'{metric} {np.mean(v):.3f}' for metric, v in values.items())
-    say(f'{task.name}: {name} at rate {rate:g}: {means} ({results[name].seconds:.0f} s)')
-  return results
+    yield name, Result(rate, validation, values, time.perf_counter() - started)
 
 
-def choose_rate(
+def try_rates(
   task: tasks.Task, arm: Arm, problems: Sequence[tasks.Problem], stacked: tasks.Problem
-) -> tuple[float, dict[float, float]]:
-  """(rate with the highest mean of the task's metric on validation, that mean by rate)."""
+) -> list[tuple[float, float]]:
+  """(learning rate, mean of the task's metric on validation) for the grid."""
   runs = [(seed, rate) for rate in task.rates for seed in range(TUNING)]
   logits, _ = learner.train(task, arm, stacked, *zip(*runs))
-  found = {rate: [] for rate in task.rates}
-  for (seed, rate), own in zip(runs, logits):
-    examples = problems[seed].validation
-    found[rate].append(task.measure(own, examples, 0.0)[task.metric])
-  means = {rate: float(np.mean(values)) for rate, values in found.items()}
-  return max(means, key=lambda rate: means[rate]), means
+  own = lambda i, seed: task.measure(logits[i], problems[seed].validation, 0.0)[task.metric]
+  values = [own(i, seed) for i, (seed, _) in enumerate(runs)]
+  means = np.reshape(values, (len(task.rates), TUNING)).mean(1)
+  return list(zip(task.rates, means.tolist()))
 
 
 def measured(
@@ -139,7 +140,9 @@ def judge(claim: Claim, results: dict[str, Result]) -> tuple[stats.Paired, str]:
   return difference, 'reproduced' if difference.verdict == claim.expected else 'opposite'
 
 
-def record(results: dict[str, dict[str, Result]], claims: Iterable[Claim]) -> dict[str, Any]:
+def record(
+  results: dict[str, dict[str, Result]], claims: Iterable[Claim] = CLAIMS
+) -> dict[str, Any]:
   """What is written: every number, and every claim whose arms were run, judged."""
   judged = []
   for claim in claims:
@@ -192,8 +195,8 @@ def describe(found: dict[str, Any]) -> str:
 
 def edge(arm: dict[str, Any]) -> str:
   """A mark for a rate that is the first or the last of its grid: a better one may lie outside."""
-  grid = list(arm['validation'])
-  return '!' if arm['rate'] in (grid[0], grid[-1]) else ''
+  first, *_, last = (rate for rate, _ in arm['validation'])
+  return '!' if arm['rate'] in (first, last) else ''
 
 
 def mean(values: Sequence[float]) -> str:

@@ -88,7 +88,8 @@ def descend(
   rate: Any,
 ) -> Params:
   """Adam on batches drawn with replacement."""
-  rw, loss = arm.weighting(known), arm.loss(known)
+  with jax.ensure_compile_time_eval():  # tables by class are numbers, not part of the program
+    rw, loss = arm.weighting(known), arm.loss(known)
   optimizer = adam(task.decay)
   params = initial(key, data.x.shape[1], task.hidden, task.classes)
   start, first = (params, optimizer.init(params)), round(arm.restart * known.steps)

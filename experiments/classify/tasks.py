@@ -54,9 +54,9 @@ class Task(NamedTuple):
   groups: int = 1
   hidden: int = 64
   decay: float = 1e-4
-  steps: int = 600
-  batch: int = 128
-  rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+  steps: int = 500
+  batch: int = 64
+  rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def problem(task: Task, source: Source, seed: int) -> Problem:
@@ -277,7 +277,8 @@ def long_tail(**sizes: Any) -> Task:
 
 def noisy_labels(**sizes: Any) -> Task:
   draw = functools.partial(draw_noisy, noise=0.4, **sizes)
-  return Task('noisy_labels', draw, accuracy, 'accuracy', classes=10)
+  rates = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+  return Task('noisy_labels', draw, accuracy, 'accuracy', classes=10, rates=rates)
 
 
 def fairness(**sizes: Any) -> Task:
@@ -287,7 +288,7 @@ def fairness(**sizes: Any) -> Task:
 
 def few_labels(**sizes: Any) -> Task:
   draw = functools.partial(draw_few_labels, per_class=4, **sizes)
-  return Task('semi_supervised', draw, accuracy, 'accuracy', classes=10, batch=256)
+  return Task('semi_supervised', draw, accuracy, 'accuracy', classes=10, batch=192)
 
 
 def rare_events(**sizes: Any) -> Task:

@@ -339,7 +339,7 @@ def test_few_labels_train_without_the_hidden_ones():
 
 
 def result(values, metric='accuracy'):
-  return Result(1e-3, {1e-4: 0.1, 1e-3: 0.2, 1e-2: 0.1}, {metric: values}, 1.0)
+  return Result(1e-3, [(1e-4, 0.1), (1e-3, 0.2), (1e-2, 0.1)], {metric: values}, 1.0)
 
 
 def test_verdicts_follow_the_side_of_the_interval():
@@ -389,18 +389,20 @@ def call(folder, *flags):
   return forked.run('experiments.classify', *flags, folder=folder, devices=1)
 
 
-def test_two_arms_from_start_to_end(tmp_path):
-  done = call(
-    tmp_path, '--workdir=out', '--tasks=rare_events,worst_group', '--arms=group_dro', '--seeds=2',
-    '--steps=3',
-  )  # fmt: skip
+def test_two_arms_from_start_to_end_and_no_second_time(tmp_path):
+  flags = '--workdir=out', '--tasks=worst_group', '--arms=group_dro', '--seeds=2'
+  done = call(tmp_path, *flags, '--steps=3')
   assert done.status == 0, done.stderr
   found = json.loads((tmp_path / 'out' / 'result.json').read_text())
   assert list(found['tasks']) == ['worst_group']
   assert list(found['tasks']['worst_group']) == ['uniform', 'group_dro']
   assert len(found['tasks']['worst_group']['uniform']['values']['worst group']) == 2
   assert (tmp_path / 'out' / 'board.png').read_bytes().startswith(b'\x89PNG')
-  assert 'group_dro' in done.stdout
+  assert 'worst_group: group_dro (' in done.stdout
+  again = call(tmp_path, *flags, '--steps=3')
+  assert again.stdout == done.stdout[done.stdout.index('\n\n') + 1 :]
+  other = call(tmp_path, *flags, '--steps=2')
+  assert 'result.json was made with another steps (3): choose another --workdir' in other.stderr
 
 
 @pytest.mark.parametrize(
