@@ -1,15 +1,20 @@
 """Per-example and per-token losses. Nothing here reduces over examples or tokens.
 
-A weighting needs the losses one by one; the step takes the weighted mean.
+A weighting needs the losses one by one; the step takes the weighted mean. A factor that gradients
+must flow through makes a loss and not a weighting, so focal loss, margins and shifted logits are
+here. What optax has is not repeated: `optax.losses.sigmoid_focal_loss` for independent binary
+outputs, `dice_loss`, `poly_loss_cross_entropy`, `ntxent`.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -30,6 +35,212 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """
   logits = logits.astype(jnp.promote_types(jnp.float32, logits.dtype))
   return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def focal(
+  logits: jax.Array,
+  labels: jax.Array,
+  gamma: float = 2.0,
+  alpha: jax.Array | None = None,
+) -> jax.Array:
+  """Focal loss: (1 - p)^gamma * cross entropy, p the probability of the label.
+
+  The factor is differentiated, too. Easy examples fade; mislabeled ones do not.
+
+  Args:
+    logits: float[..., V].
+    labels: int[...].
+    gamma: >= 0. 0 is cross entropy.
+    alpha: float[V], a further factor for each class; see `effective_number_weights`. Default: ones.
+
+  Returns:
+    float32[...], one loss per label.
+
+  Raises:
+    ValueError: a negative gamma.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxrw
+    >>> logits = jnp.log(jnp.array([[0.9, 0.1], [0.5, 0.5]]))
+    >>> [round(float(x), 4) for x in jaxrw.losses.focal(logits, jnp.array([0, 0]))]
+    [0.0011, 0.1733]
+
+  Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017 (arXiv 1708.02002), with a
+    softmax; for two classes it equals `optax.losses.sigmoid_focal_loss`.
+  """
+  if not gamma >= 0:
+    raise ValueError(f'gamma={gamma} must be at least 0')
+  losses = cross_entropy(logits, labels)
+  if gamma:
+    logits = logits.astype(losses.dtype)
+    own = labels[..., None] == jnp.arange(logits.shape[-1])
+    others = jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), axis=-1)
+    # log(1 - p) as a difference of two sums: 1 - p itself would round to 0.
+    losses *= jnp.exp(gamma * (others - jax.nn.logsumexp(logits, axis=-1)))
+  return losses if alpha is None else losses * _of_label(alpha, labels, logits.shape[-1])
+
+
+def generalized_cross_entropy(logits: jax.Array, labels: jax.Array, q: float = 0.7) -> jax.Array:
+  """(1 - p^q) / q, p the probability of the label: between cross entropy and absolute error.
+
+  Bounded by 1 / q, so that labels nobody believes stop pulling. As weights on cross entropy see
+  `jaxrw.weights.generalized_cross_entropy`.
+
+  Args:
+    logits: float[..., V].
+    labels: int[...].
+    q: in [0, 1]. 0 is cross entropy; 1 is 1 - p, half the absolute error of the probabilities.
+
+  Returns:
+    float32[...], one loss per label.
+
+  Raises:
+    ValueError: q outside [0, 1].
+
+  Example:
+    >>> import jax.numpy as jnp, jaxrw
+    >>> logits = jnp.log(jnp.array([[0.81, 0.19]]))
+    >>> round(float(jaxrw.losses.generalized_cross_entropy(logits, jnp.array([0]), q=0.5)[0]), 4)
+    0.2
+
+  Source: Zhang and Sabuncu, NeurIPS 2018 (arXiv 1805.07836).
+  """
+  if not 0 <= q <= 1:
+    raise ValueError(f'q={q} must be in [0, 1]')
+  losses = cross_entropy(logits, labels)
+  return -jnp.expm1(-q * losses) / q if q else losses
+
+
+def ldam_margins(counts: Sequence[float] | jax.Array, largest: float = 0.5) -> jax.Array:
+  """Margins ∝ n_c^(-1/4), the rarest class's being the largest.
+
+  Args:
+    counts: float[C], examples of each class, > 0.
+    largest: margin of the rarest class, in the logits' unit before `ldam` scales them.
+
+  Returns:
+    float32[C].
+
+  Raises:
+    ValueError: counts that are not [C] and > 0, a negative margin.
+
+  Example:
+    >>> import jaxrw
+    >>> [round(float(m), 3) for m in jaxrw.losses.ldam_margins([10_000, 625, 16])]
+    [0.1, 0.2, 0.5]
+
+  Source: official code of Cao et al., LDAM-DRW, NeurIPS 2019 (arXiv 1906.07413).
+  """
+  counts = np.asarray(counts, np.float32)
+  if counts.ndim != 1 or not np.all(counts > 0) or not largest >= 0:
+    raise ValueError(f'counts={counts} must be [C] and > 0, largest={largest} at least 0')
+  return jnp.asarray(largest * (counts.min() / counts) ** 0.25)
+
+
+def ldam(
+  logits: jax.Array, labels: jax.Array, margins: jax.Array, scale: float = 30.0
+) -> jax.Array:
+  """Label-distribution-aware margins: cross entropy of scale * (logits - margin of the label).
+
+  Args:
+    logits: float[..., V], cosines: of a classifier whose rows and inputs have norm 1.
+    labels: int[...].
+    margins: float[V], see `ldam_margins`. Zeros, with scale 1, give cross entropy.
+    scale: > 0, since cosines alone could not come near a probability of 1.
+
+  Returns:
+    float32[...], one loss per label.
+
+  Raises:
+    ValueError: margins that are not [V], a scale <= 0.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxrw
+    >>> cosines = jnp.array([[0.5, 0.5], [0.5, 0.5]])
+    >>> losses = jaxrw.losses.ldam(cosines, jnp.array([0, 1]), jnp.array([0.0, 0.1]), scale=10.0)
+    >>> [round(float(x), 4) for x in losses]
+    [0.6931, 1.3133]
+
+  Source: official code of Cao et al., LDAM-DRW, NeurIPS 2019; the deferred weights are
+    `after(start, effective_number(counts))`.
+  """
+  if not scale > 0:
+    raise ValueError(f'scale={scale} must be greater than 0')
+  own = labels[..., None] == jnp.arange(logits.shape[-1])
+  margins = _of_classes(margins, logits.shape[-1], 'margins')
+  return cross_entropy(scale * (logits - jnp.where(own, margins, 0)), labels)
+
+
+def logit_adjusted_cross_entropy(
+  logits: jax.Array, labels: jax.Array, log_prior: jax.Array, tau: float = 1.0
+) -> jax.Array:
+  """Cross entropy of logits + tau * log prior: what is trained is balanced once the prior is gone.
+
+  Args:
+    logits: float[..., V]. Predict with these, unshifted.
+    labels: int[...].
+    log_prior: float[V], logarithm of the classes' shares (or counts: a constant does not matter);
+      -inf for a class that does not occur.
+    tau: 0 is cross entropy, 1 is balanced softmax.
+
+  Returns:
+    float32[...], one loss per label.
+
+  Raises:
+    ValueError: a prior that is not [V].
+
+  Example:
+    >>> import jax.numpy as jnp, jaxrw
+    >>> prior = jnp.log(jnp.array([0.9, 0.1]))
+    >>> losses = jaxrw.losses.logit_adjusted_cross_entropy(
+    ...   jnp.zeros((2, 2)), jnp.array([0, 1]), prior)
+    >>> [round(float(x), 4) for x in losses]
+    [0.1054, 2.3026]
+
+  Source: Menon et al., Long-tail learning via logit adjustment, ICLR 2021, as recalled.
+  """
+  log_prior = _of_classes(log_prior, logits.shape[-1], 'log_prior')
+  return cross_entropy(logits + tau * log_prior if tau else logits, labels)
+
+
+def balanced_softmax(
+  logits: jax.Array, labels: jax.Array, counts: Sequence[float] | jax.Array
+) -> jax.Array:
+  """Cross entropy of logits + log counts: `logit_adjusted_cross_entropy` at tau = 1.
+
+  Args:
+    logits: float[..., V]. Predict with these, unshifted.
+    labels: int[...].
+    counts: float[V], examples of each class.
+
+  Returns:
+    float32[...], one loss per label.
+
+  Raises:
+    ValueError: counts that are not [V].
+
+  Example:
+    >>> import jax.numpy as jnp, jaxrw
+    >>> losses = jaxrw.losses.balanced_softmax(jnp.zeros((2, 2)), jnp.array([0, 1]), [3, 1])
+    >>> [round(float(x), 4) for x in losses]
+    [0.2877, 1.3863]
+
+  Source: Ren et al., Balanced Meta-Softmax, NeurIPS 2020; as AT-BSL's code has it.
+  """
+  return logit_adjusted_cross_entropy(logits, labels, jnp.log(jnp.asarray(counts, jnp.float32)))
+
+
+def _of_classes(values: jax.Array, number: int, name: str) -> jax.Array:
+  values = jnp.asarray(values)
+  if values.shape != (number,):
+    raise ValueError(f'{name} has shape {values.shape}; expected [{number}], one for each class')
+  return values
+
+
+def _of_label(per_class: jax.Array, labels: jax.Array, number: int) -> jax.Array:
+  """per_class[labels], without an index, which an Explicit mesh refuses."""
+  per_class = _of_classes(per_class, number, 'alpha')
+  return jnp.sum(jnp.where(labels[..., None] == jnp.arange(number), per_class, 0), axis=-1)
 
 
 def chunked_cross_entropy(
