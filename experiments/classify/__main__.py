@@ -84,8 +84,8 @@ def before(path: Path) -> dict:
   found = files.read_json(path)
   if changed := [key for key, value in settings().items() if found['settings'][key] != value]:
     raise UserError(
-      f'{path} was made with another {changed[0]} ({found["settings"][changed[0]]}): choose another '
-      '--workdir'
+      f'{path} was made with another {changed[0]} ({found["settings"][changed[0]]}): '
+      'choose another --workdir'
     )
   return {
     task: {name: board.Result(**arm) for name, arm in arms.items()}

@@ -6,6 +6,7 @@ tuned; every arm gets the same grid of learning rates.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -62,6 +63,18 @@ def _effective_number(facts: Facts) -> Weighting:
   return weights.effective_number(facts.class_counts, 0.9999)
 
 
+def _deferred(facts: Facts) -> Weighting:
+  return after(round(0.8 * facts.steps), _effective_number(facts))
+
+
+def _balanced_softmax(facts: Facts) -> Loss:
+  return functools.partial(losses.balanced_softmax, counts=facts.class_counts)
+
+
+def _ldam(facts: Facts) -> Loss:
+  return functools.partial(losses.ldam, margins=losses.ldam_margins(facts.class_counts))
+
+
 def _first_run(facts: Facts) -> int:
   return max(1, round(0.1 * facts.steps))
 
@@ -83,7 +96,11 @@ ARMS = {
   'fixmatch': UNIFORM._replace(loop='fixmatch'),
   'inverse_frequency': Arm(lambda facts: weights.inverse_frequency(facts.class_counts)),
   'effective_number': Arm(_effective_number),
-  'deferred': Arm(lambda facts: after(round(0.8 * facts.steps), _effective_number(facts))),
+  'deferred': Arm(_deferred),
+  'focal': UNIFORM._replace(loss=lambda _: losses.focal),
+  'balanced_softmax': UNIFORM._replace(loss=_balanced_softmax),
+  'ldam': UNIFORM._replace(loss=_ldam, cosine=True),
+  'ldam+deferred': Arm(_deferred, _ldam, cosine=True),
   # Shares of 0.6 and 0.4 know how much of the noise there is, as co-teaching's authors do.
   'trimmed low': plain(weights.trimmed(0.6, 'low')),
   'co_teaching': Arm(_co_teaching, loop='co_teaching'),

@@ -35,6 +35,11 @@ CLAIMS = (
   Claim(_LONG, 'inverse_frequency', 'balanced accuracy'),
   Claim(_LONG, 'effective_number', 'balanced accuracy'),
   Claim(_LONG, 'deferred', 'balanced accuracy'),
+  Claim(_LONG, 'ldam', 'balanced accuracy'),
+  Claim(_LONG, 'ldam+deferred', 'balanced accuracy'),
+  Claim(_LONG, 'balanced_softmax', 'balanced accuracy'),
+  Claim(_LONG, 'balanced_softmax', 'tail accuracy'),
+  Claim(_LONG, 'focal', 'balanced accuracy'),
   Claim(_NOISY, 'trimmed low', 'accuracy'),
   Claim(_NOISY, 'co_teaching', 'accuracy'),
   Claim(_NOISY, 'generalized_cross_entropy', 'accuracy'),
@@ -62,6 +67,8 @@ CLAIMS = (
   Claim(_RARE, 'inverse_frequency', 'average precision'),
   Claim(_RARE, 'effective_number', 'recall'),
   Claim(_RARE, 'effective_number', 'F1'),
+  Claim(_RARE, 'balanced_softmax', 'F1'),
+  Claim(_RARE, 'focal', 'average precision'),
 )
 
 
