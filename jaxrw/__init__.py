@@ -6,7 +6,17 @@
 >>> loss = jnp.mean(w * losses)                             # instead of jnp.mean(losses)
 """
 
-from jaxrw import diagnostics, gradients, losses, masked, mixtures, weights
+from jaxrw import (
+  adversarial,
+  contrastive,
+  diagnostics,
+  gradients,
+  losses,
+  masked,
+  mixtures,
+  ordinal,
+  weights,
+)
 from jaxrw.bilevel import make_bilevel_step
 from jaxrw.core import Weighting, after, chain, from_config
 from jaxrw.selective import Keep
@@ -20,9 +30,11 @@ __all__ = [
   'Keep',
   'TrainState',
   'Weighting',
+  'adversarial',
   'after',
   'base_measure',
   'chain',
+  'contrastive',
   'diagnostics',
   'from_config',
   'gradients',
@@ -31,6 +43,7 @@ __all__ = [
   'make_train_step',
   'masked',
   'mixtures',
+  'ordinal',
   'weights',
 ]
 __all__ += [name for name in _weight_names if name not in weights.RECONSTRUCTED]

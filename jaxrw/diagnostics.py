@@ -91,6 +91,45 @@ def group_sums(values: jax.Array, group_ids: jax.Array, num_groups: int) -> jax.
   return jnp.sum(jnp.where((member != 0) & (values != 0), member * values, 0), axis=0)
 
 
+def equity_scaled(
+  performance: jax.Array,
+  group_performance: jax.Array,
+  present: jax.Array | None = None,
+  alpha: float = 1.0,
+) -> jax.Array:
+  """performance / (1 + alpha * sum over groups of |group's - overall performance|).
+
+  Args:
+    performance: float[], higher is better: accuracy, Dice, ...
+    group_performance: float[G], the same of each group.
+    present: bool[G], groups that were measured; the others have no part. Default: all.
+    alpha: price of inequality, >= 0. 0 is the performance itself.
+
+  Returns:
+    float32[], at most the performance.
+
+  Raises:
+    ValueError: a negative alpha, shapes that do not match.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxrw
+    >>> round(float(jaxrw.diagnostics.equity_scaled(0.9, jnp.array([0.95, 0.8]))), 4)
+    0.7826
+
+  Source: official code of FairSeg, ICLR 2024 (arXiv 2311.02189); its first version divided by 1 +
+    the groups' standard deviation.
+  """
+  group_performance = jnp.asarray(group_performance)
+  present = jnp.ones(group_performance.shape, bool) if present is None else jnp.asarray(present)
+  if not alpha >= 0 or group_performance.ndim != 1 or present.shape != group_performance.shape:
+    raise ValueError(
+      f'alpha={alpha} must be at least 0, group_performance {group_performance.shape} and present '
+      f'{present.shape} both [G]'
+    )
+  gaps = jnp.where(present, jnp.abs(group_performance - performance), 0)
+  return performance / (1 + alpha * jnp.sum(gaps))
+
+
 # Which mean does a loop take? ---------------------------------------------------------------------
 
 _TOLERANCE = 5e-3  # of the largest coefficient; sums in 16 bits pass

@@ -243,6 +243,27 @@ def _of_label(per_class: jax.Array, labels: jax.Array, number: int) -> jax.Array
   return jnp.sum(jnp.where(labels[..., None] == jnp.arange(number), per_class, 0), axis=-1)
 
 
+def bpr(positive: jax.Array, negative: jax.Array) -> jax.Array:
+  """Bayesian personalized ranking: -log sigmoid(positive - negative), of each pair.
+
+  Args:
+    positive: float[...], scores of what was chosen. Computed in float32 or wider.
+    negative: float[...], scores of what was not.
+
+  Returns:
+    float32[...], one loss per pair, never reduced.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxrw
+    >>> jaxrw.losses.bpr(jnp.array([1.0, 0.0]), jnp.array([1.0, 200.0]))
+    Array([  0.6931472, 200.       ], dtype=float32)
+
+  Source: Rendle et al., BPR: Bayesian Personalized Ranking from Implicit Feedback, UAI 2009.
+  """
+  wide = jnp.promote_types(jnp.float32, jnp.result_type(positive, negative))
+  return jax.nn.softplus(negative.astype(wide) - positive.astype(wide))
+
+
 def chunked_cross_entropy(
   hidden: jax.Array, table: jax.Array, labels: jax.Array, *, chunk: int
 ) -> jax.Array:

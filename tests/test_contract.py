@@ -42,6 +42,9 @@ CASES = {
   'jtt_finding': jaxrw.jtt(16, 5.0, until=9),
   'group_dro': jaxrw.group_dro(3, 0.1),
   'group_dro_soft': jaxrw.group_dro(3, 0.1),
+  'group_cvar': jaxrw.group_cvar((1 / 3, 1 / 3, 1 / 3), share=0.5),
+  'fair_error_bound': jaxrw.fair_error_bound(3),
+  'vertex_class_balance': jaxrw.vertex_class_balance([0.05, 0.5, 0.2, 0.1, 0.0, 1.0]),
   'inverse_frequency': jaxrw.inverse_frequency([6, 3, 1]),
   'effective_number': jaxrw.effective_number([600, 30, 1]),
   'hedge': jaxrw.hedge(16, 6, 0.3),
@@ -100,6 +103,10 @@ def _labels(signals):
   return {'labels': signals['group_ids']}
 
 
+def _binary_labels(signals):
+  return {'labels': (signals['losses'].astype(jnp.float32) > 2).astype(jnp.int32)}
+
+
 def _memberships(signals):
   ids, losses = signals['group_ids'], _of_examples(signals)
   certain = jnp.exp(-jnp.abs(losses))
@@ -131,6 +138,9 @@ CLAIMS = {
   'grad_norm_sampling': {'extra_signals': _norms, 'equivariant': False},
   'jtt': {'extra_signals': _predictions, 'ids': 'example_ids', 'table': True},
   'group_dro_soft': {'extra_signals': _memberships, 'ids': None},
+  'group_cvar': {'ids': 'group_ids'},
+  'fair_error_bound': {'ids': 'group_ids'},
+  'vertex_class_balance': {'extra_signals': _binary_labels},
   'inverse_frequency': {'extra_signals': _labels, 'ids': 'labels'},
   'effective_number': {'extra_signals': _labels, 'ids': 'labels'},
   'importance': {'extra_signals': _sampling, 'ids': 'group_ids'},
@@ -181,6 +191,10 @@ def test_every_public_name_is_a_weighting_its_plain_function_or_a_helper():
   for name in set(weights.__all__) - set(_factories()):
     stem = name.removesuffix('_weights')
     helpers = {'temperature_schedule', 'anchor_mean', 'pool_positions'} | {
+      'fair_error_bound_dice',
+      'balanced_bins',
+      'error_log',
+      'class_weights',
       'growing_threshold',
       'co_teaching_share',
     }

@@ -173,3 +173,13 @@ def test_a_quarter_of_the_memory_for_a_third_more_flops():
   assert whole.temp_bytes > 4 * 8 * 256 * 32768  # the logits themselves
   assert whole.temp_bytes > 4 * chunked.temp_bytes
   assert chunked.matmul_flops * 3 == whole.matmul_flops * 4
+
+
+def test_bpr_is_the_logistic_loss_of_the_difference():
+  rng = np.random.default_rng(0)
+  positive, negative = rng.normal(size=(2, 6)).astype(np.float32)
+  expected = [-np.log(1 / (1 + np.exp(-(float(p) - float(n))))) for p, n in zip(positive, negative)]
+  np.testing.assert_allclose(losses.bpr(positive, negative), expected, rtol=1e-6)
+  far = jnp.array([-500.0, 500.0])
+  np.testing.assert_array_equal(losses.bpr(far, -far), [1000.0, 0.0])
+  assert losses.bpr(far.astype(jnp.bfloat16), far).dtype == jnp.float32

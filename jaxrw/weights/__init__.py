@@ -1,7 +1,9 @@
 """Weightings: for each idea the plain function and its `Weighting` side by side."""
 
+from jaxrw.weights import balanced_bins, error_log
 from jaxrw.weights.adapt import adapt, adapt_weights, anchor_mean, pool_positions
 from jaxrw.weights.class_balance import (
+  class_weights,
   effective_number,
   effective_number_weights,
   inverse_frequency,
@@ -9,12 +11,18 @@ from jaxrw.weights.class_balance import (
 )
 from jaxrw.weights.cvar import chi_square_dro, chi_square_dro_weights, cvar, cvar_weights
 from jaxrw.weights.example_table import adawac, hedge, hedge_weights
+from jaxrw.weights.fair_error_bound import (
+  fair_error_bound,
+  fair_error_bound_dice,
+  fair_error_bound_weights,
+)
 from jaxrw.weights.generalized_cross_entropy import (
   generalized_cross_entropy,
   generalized_cross_entropy_weights,
 )
 from jaxrw.weights.grad_norm_sampling import grad_norm_sampling, grad_norm_sampling_weights
 from jaxrw.weights.group_advantage import group_advantage, group_advantage_weights
+from jaxrw.weights.group_cvar import group_cvar, group_cvar_weights
 from jaxrw.weights.group_dro import group_dro, group_dro_weights
 from jaxrw.weights.importance import importance, importance_weights
 from jaxrw.weights.jtt import jtt, jtt_weights
@@ -53,16 +61,22 @@ from jaxrw.weights.shaping import cap, cap_weights, unit_mean, unit_mean_weights
 from jaxrw.weights.tilted import tilted, tilted_stream, tilted_weights
 from jaxrw.weights.token_topk import token_topk, token_topk_weights
 from jaxrw.weights.trimmed import trimmed, trimmed_weights
+from jaxrw.weights.vertex_class_balance import (
+  vertex_class_balance,
+  vertex_class_balance_weights,
+)
 
 __all__ = [
   'adapt',
   'adapt_weights',
   'adawac',
   'anchor_mean',
+  'balanced_bins',
   'cap',
   'cap_weights',
   'chi_square_dro',
   'chi_square_dro_weights',
+  'class_weights',
   'co_teaching',
   'co_teaching_share',
   'co_teaching_weights',
@@ -70,14 +84,20 @@ __all__ = [
   'cvar_weights',
   'effective_number',
   'effective_number_weights',
+  'error_log',
   'extremes',
   'extremes_weights',
+  'fair_error_bound',
+  'fair_error_bound_dice',
+  'fair_error_bound_weights',
   'generalized_cross_entropy',
   'generalized_cross_entropy_weights',
   'grad_norm_sampling',
   'grad_norm_sampling_weights',
   'group_advantage',
   'group_advantage_weights',
+  'group_cvar',
+  'group_cvar_weights',
   'group_dro',
   'group_dro_weights',
   'growing_threshold',
@@ -121,6 +141,8 @@ __all__ = [
   'unit_mean_weights',
   'upper',
   'upper_weights',
+  'vertex_class_balance',
+  'vertex_class_balance_weights',
 ]
 
 # Rebuilt without the paper or its code in hand: found here and by configs, not at the top of jaxrw.

@@ -19,6 +19,8 @@ def _one_hot(ids):
 
 STAGES = {
   'group_dro': jaxrw.group_dro(3, 0.5),
+  'group_cvar': jaxrw.group_cvar((0.5, 0.3, 0.2), 0.4),
+  'fair_error_bound': jaxrw.fair_error_bound(3),
   'importance': jaxrw.importance(),
 }
 
