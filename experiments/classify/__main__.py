@@ -55,13 +55,14 @@ def main(_: list[str]) -> None:
   claims = [c for c in board.CLAIMS if c.arm in arms and c.task in names]
   if not claims:
     raise UserError(f'no claim is about --arms={",".join(arms)} on --tasks={",".join(names)}')
-  results = before(path)
+  known = before(path)
+  results = {name: known.get(name, {}) for name in opened}
   for name in dict.fromkeys(claim.task for claim in claims):
-    (task, source), known = opened[name], results.setdefault(name, {})
+    (task, source), done = opened[name], results[name]
     task = task._replace(steps=FLAGS.steps or task.steps)
-    missing = [arm for arm in board.arms_of(name, claims) if arm not in known]
+    missing = [arm for arm in board.arms_of(name, claims) if arm not in done]
     for arm, result in board.run_task(task, source(), missing, FLAGS.seeds) if missing else ():
-      known[arm] = result
+      done[arm] = result
       found = {'settings': settings(), **board.record(results)}
       files.write_json(path, found)
       print(f'{name}: {arm} ({result.seconds:.0f} s)', flush=True)

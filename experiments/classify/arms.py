@@ -40,8 +40,8 @@ class Arm(NamedTuple):
     reference: whether a model of the trusted set is trained first, whose losses are `ref_losses`.
     aligned: whether the signal `alignment` with the gradient of the trusted set is computed.
     alone: whether it is trained on the trusted set and nothing else.
-    loop: a loop other than the plain one: 'co_teaching', or what `consistency` does with examples
-      without labels.
+    loop: a loop other than the plain one: 'co_teaching', 'presto', or what `consistency` does with
+      examples without labels.
   """
 
   weighting: Callable[[Facts], Weighting]
@@ -88,10 +88,15 @@ def _self_paced(facts: Facts) -> Weighting:
   return weights.self_paced(grown)
 
 
+def _group_cvar(facts: Facts) -> Weighting:
+  return weights.group_cvar(facts.group_counts / facts.group_counts.sum(), 0.2)
+
+
 UNIFORM = plain(weights.uniform())
 ARMS = {
   'uniform': UNIFORM,
   'trusted only': UNIFORM._replace(alone=True),
+  'presto': UNIFORM._replace(loop='presto'),
   'labels only': UNIFORM._replace(loop='labels only'),
   'fixmatch': UNIFORM._replace(loop='fixmatch'),
   'inverse_frequency': Arm(lambda facts: weights.inverse_frequency(facts.class_counts)),
@@ -115,6 +120,8 @@ ARMS = {
   'learning_to_reweight': plain(weights.learning_to_reweight(), aligned=True),
   'group_dro': Arm(lambda facts: weights.group_dro(len(facts.group_counts), rate=0.1)),
   'jtt': Arm(lambda facts: weights.jtt(facts.examples, 20.0, _first_run(facts)), restart=0.1),
+  'group_cvar': Arm(_group_cvar),
+  'fair_error_bound': Arm(lambda facts: weights.fair_error_bound(len(facts.group_counts))),
   'cvar': plain(weights.cvar(0.2)),
   'chi_square_dro': plain(weights.chi_square_dro(0.5)),
 }

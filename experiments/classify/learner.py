@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.classify import consistency, peers
+from experiments.classify import consistency, ladder, peers
 from experiments.classify.arms import UNIFORM, Arm, Facts
 from experiments.classify.model import Params, adam, forward, initial, moved
 from experiments.classify.sources import Examples
@@ -67,6 +67,8 @@ def fit(task: Task, arm: Arm, known: Facts, sets: Problem, key: jax.Array, rate:
   """The model of one run, with what has to be trained before it."""
   if arm.loop == 'co_teaching':
     return peers.descend(task, arm.weighting(known), known, sets.train, key, rate)
+  if arm.loop == 'presto':
+    return ladder.fit(task, sets.train, rate)
   if arm.loop:
     return consistency.descend(task, arm.loop, known, sets.train, key, rate)
   data = sets.trusted if arm.alone else sets.train

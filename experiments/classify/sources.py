@@ -154,10 +154,11 @@ def adult(folder: Path) -> Source:
 
 
 def wine(folder: Path) -> Source:
-  """Wines, red and white; y = 1 for a quality of 8 or 9, 3% of them."""
+  """Wines, red and white; y = 1 for a quality of 8 or 9, 3% of them; group = quality from 3 on."""
   rows = read_csv(Path(folder, 'tabular', 'wine_quality.csv.gz'))
   x = np.concatenate([_column([r[c] for r in rows]) for c in rows[0] if c != 'quality'], axis=1)
-  return Source('wine_quality', examples(x, [int(row['quality']) >= 8 for row in rows]))
+  level = np.minimum([int(row['quality']) for row in rows], 8) - 3
+  return Source('wine_quality', examples(x, level == 5, level))
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -224,8 +225,16 @@ def incomes(rng: np.random.Generator, size: int) -> Examples:
   return examples(x, y, 2 * y + woman)
 
 
-def events(rng: np.random.Generator, size: int) -> Examples:
-  """A binary event of about 1%, whose log odds are linear in ten uniform features."""
+def funnel(rng: np.random.Generator, size: int) -> Examples:
+  """Four ordered stages, in `group`; y = 1 in the last, which about 1% reach.
+
+  P(stage <= k) = sigmoid(a_k + x b_k), where neighboring stages share most of their coefficients:
+  the simulations of PRESTO with all coefficients doubled.
+  """
+  steps = np.random.default_rng(5).choice([-1.0, 0.0, 1.0], (3, 10), p=[1 / 6, 2 / 3, 1 / 6])
+  slopes = np.cumsum(np.concatenate([np.ones((1, 10)), steps[1:]]), axis=0)
   x = rng.uniform(-1, 1, (size, 10))
-  odds = x @ np.array([4.0, 3.0, 2.0, 2.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]) - 8.5
-  return examples(x, rng.random(size) < 1 / (1 + np.exp(-odds)))
+  lines = np.array([0.0, 4.0, 7.0]) + x @ slopes.T
+  below = np.maximum.accumulate(1 / (1 + np.exp(-lines)), axis=1)  # lines may cross
+  stage = np.sum(rng.random((size, 1)) > below, axis=1)
+  return examples(x, stage == 3, stage)

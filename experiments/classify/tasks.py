@@ -56,7 +56,7 @@ class Task(NamedTuple):
   decay: float = 1e-4
   steps: int = 500
   batch: int = 64
-  rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+  rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def problem(task: Task, source: Source, seed: int) -> Problem:
@@ -244,7 +244,7 @@ def offline() -> Opened:
     ),
     (fairness(size=3000, held=2000), drawn('incomes', sources.incomes, 20_000)),
     (few_labels(size=1000, held=250), digits),
-    (rare_events(size=4000, held=4000), drawn('events', sources.events, 40_000)),
+    (rare_events(size=4000, held=4000, levels=4), drawn('funnel', sources.funnel, 40_000)),
   )
 
 
@@ -262,7 +262,7 @@ def of_tables(folder: Path) -> Opened:
   """Tasks on Adult and on wines."""
   return _by_name(
     (fairness(size=4000, held=4000), lambda: sources.adult(folder)),
-    (rare_events(size=3500, held=1200), lambda: sources.wine(folder)),
+    (rare_events(size=3500, held=1200, levels=6), lambda: sources.wine(folder)),
   )
 
 
@@ -271,14 +271,13 @@ def _by_name(*pairs: tuple[Task, Callable[[], Source]]) -> Opened:
 
 
 def long_tail(**sizes: Any) -> Task:
-  draw = functools.partial(draw_long_tail, **sizes)
-  return Task('long_tail', draw, by_class, 'balanced accuracy', classes=10)
+  draw, rates = functools.partial(draw_long_tail, **sizes), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+  return Task('long_tail', draw, by_class, 'balanced accuracy', classes=10, rates=rates)
 
 
 def noisy_labels(**sizes: Any) -> Task:
   draw = functools.partial(draw_noisy, noise=0.4, **sizes)
-  rates = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-  return Task('noisy_labels', draw, accuracy, 'accuracy', classes=10, rates=rates)
+  return Task('noisy_labels', draw, accuracy, 'accuracy', classes=10)
 
 
 def fairness(**sizes: Any) -> Task:
@@ -288,10 +287,14 @@ def fairness(**sizes: Any) -> Task:
 
 def few_labels(**sizes: Any) -> Task:
   draw = functools.partial(draw_few_labels, per_class=4, **sizes)
-  return Task('semi_supervised', draw, accuracy, 'accuracy', classes=10, batch=192)
-
-
-def rare_events(**sizes: Any) -> Task:
-  draw = functools.partial(draw_plain, **sizes)
   rates = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-  return Task('rare_events', draw, rare, 'average precision', classes=2, hidden=0, rates=rates)
+  return Task('semi_supervised', draw, accuracy, 'accuracy', classes=10, batch=192, rates=rates)
+
+
+def rare_events(levels: int, **sizes: Any) -> Task:
+  """`group` is the level, of which the last is the event."""
+  draw = functools.partial(draw_plain, **sizes)
+  return Task(
+    'rare_events', draw, rare, 'average precision', classes=2, groups=levels, hidden=0, steps=1000,
+    rates=(3e-3, 1e-2, 3e-2, 1e-1),
+  )  # fmt: skip

@@ -96,7 +96,10 @@ def test_four_labels_a_class_are_shown():
 
 
 def test_rare_events_are_rare_and_incomes_differ_by_sex():
-  assert 0.003 < OFFLINE['rare_events'][1]().pool.y.mean() < 0.03
+  funnel = OFFLINE['rare_events'][1]().pool
+  assert 0.003 < funnel.y.mean() < 0.03
+  np.testing.assert_array_equal(funnel.y, funnel.group == 3)
+  assert np.all(np.diff(np.bincount(funnel.group)) < 0)
   people = OFFLINE['fairness'][1]().pool
   high = [people.y[people.group % 2 == woman].mean() for woman in (0, 1)]
   np.testing.assert_allclose(high, [0.30, 0.11], atol=0.01)
@@ -174,6 +177,7 @@ def test_tables(tmp_path):
   (folder / 'wine_quality.csv.gz').write_bytes(table(rows))
   wine = sources.wine(tmp_path)
   np.testing.assert_array_equal(wine.pool.y, [0, 1, 1])
+  np.testing.assert_array_equal(wine.pool.group, [4, 5, 5])
   np.testing.assert_array_equal(wine.pool.x, [[9, 1, 0], [10, 0, 1], [11, 1, 0]])
   assert wine.test is None
 
