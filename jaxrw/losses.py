@@ -243,6 +243,34 @@ def _of_label(per_class: jax.Array, labels: jax.Array, number: int) -> jax.Array
   return jnp.sum(jnp.where(labels[..., None] == jnp.arange(number), per_class, 0), axis=-1)
 
 
+def shrunk_cross_entropy(logits: jax.Array, keep: jax.Array, labels: jax.Array) -> jax.Array:
+  """Cross entropy over the kept classes: no gradient to the others.
+
+  Args:
+    logits: float[..., V].
+    keep: bool[..., V], see `jaxrw.weights.shrink_mask`; the label must be among them.
+    labels: int[...].
+
+  Returns:
+    float32[...], one loss per label.
+
+  Raises:
+    ValueError: shapes that do not match.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxrw
+    >>> keep = jnp.array([[True, False, True]])
+    >>> jaxrw.losses.shrunk_cross_entropy(jnp.zeros((1, 3)), keep, jnp.array([0]))
+    Array([0.6931472], dtype=float32)
+
+  Source: official code of ShrinkMatch, ICCV 2023.
+  """
+  if keep.shape != logits.shape:
+    raise ValueError(f'keep has shape {keep.shape}, logits {logits.shape}')
+  # Finite, unlike -inf, for which differences of logits would be NaN.
+  return cross_entropy(jnp.where(keep, logits, jnp.finfo(logits.dtype).min / 2), labels)
+
+
 def bpr(positive: jax.Array, negative: jax.Array) -> jax.Array:
   """Bayesian personalized ranking: -log sigmoid(positive - negative), of each pair.
 

@@ -45,6 +45,7 @@ CASES = {
   'group_cvar': jaxrw.group_cvar((1 / 3, 1 / 3, 1 / 3), share=0.5),
   'fair_error_bound': jaxrw.fair_error_bound(3),
   'vertex_class_balance': jaxrw.vertex_class_balance([0.05, 0.5, 0.2, 0.1, 0.0, 1.0]),
+  'shrinkmatch': jaxrw.shrinkmatch(0.8, 0.9),
   'inverse_frequency': jaxrw.inverse_frequency([6, 3, 1]),
   'effective_number': jaxrw.effective_number([600, 30, 1]),
   'hedge': jaxrw.hedge(16, 6, 0.3),
@@ -107,6 +108,11 @@ def _binary_labels(signals):
   return {'labels': (signals['losses'].astype(jnp.float32) > 2).astype(jnp.int32)}
 
 
+def _weak_views(signals):
+  losses = _of_examples(signals)
+  return {'logits': jnp.stack([losses, 2 - losses, 0 * losses, losses / 3], axis=1)}
+
+
 def _memberships(signals):
   ids, losses = signals['group_ids'], _of_examples(signals)
   certain = jnp.exp(-jnp.abs(losses))
@@ -141,6 +147,7 @@ CLAIMS = {
   'group_cvar': {'ids': 'group_ids'},
   'fair_error_bound': {'ids': 'group_ids'},
   'vertex_class_balance': {'extra_signals': _binary_labels},
+  'shrinkmatch': {'extra_signals': _weak_views, 'terms': 2},
   'inverse_frequency': {'extra_signals': _labels, 'ids': 'labels'},
   'effective_number': {'extra_signals': _labels, 'ids': 'labels'},
   'importance': {'extra_signals': _sampling, 'ids': 'group_ids'},
@@ -193,6 +200,7 @@ def test_every_public_name_is_a_weighting_its_plain_function_or_a_helper():
     helpers = {'temperature_schedule', 'anchor_mean', 'pool_positions'} | {
       'fair_error_bound_dice',
       'balanced_bins',
+      'shrink_mask',
       'error_log',
       'class_weights',
       'growing_threshold',

@@ -58,6 +58,7 @@ from jaxrw.weights.schedules import temperature_schedule
 from jaxrw.weights.selective_backprop import selective_backprop, selective_backprop_weights
 from jaxrw.weights.self_paced import growing_threshold, self_paced, self_paced_weights
 from jaxrw.weights.shaping import cap, cap_weights, unit_mean, unit_mean_weights
+from jaxrw.weights.shrinkmatch import shrink_mask, shrinkmatch, shrinkmatch_weights
 from jaxrw.weights.tilted import tilted, tilted_stream, tilted_weights
 from jaxrw.weights.token_topk import token_topk, token_topk_weights
 from jaxrw.weights.trimmed import trimmed, trimmed_weights
@@ -128,6 +129,9 @@ __all__ = [
   'selective_backprop_weights',
   'self_paced',
   'self_paced_weights',
+  'shrink_mask',
+  'shrinkmatch',
+  'shrinkmatch_weights',
   'temperature_schedule',
   'tilted',
   'tilted_stream',
