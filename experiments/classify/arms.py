@@ -99,6 +99,7 @@ ARMS = {
   'presto': UNIFORM._replace(loop='presto'),
   'labels only': UNIFORM._replace(loop='labels only'),
   'fixmatch': UNIFORM._replace(loop='fixmatch'),
+  'shrinkmatch': UNIFORM._replace(loop='shrinkmatch'),
   'inverse_frequency': Arm(lambda facts: weights.inverse_frequency(facts.class_counts)),
   'effective_number': Arm(_effective_number),
   'deferred': Arm(_deferred),

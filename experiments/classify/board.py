@@ -66,6 +66,7 @@ CLAIMS = (
   Claim(_FAIR, 'cvar', 'worst group'),
   Claim(_FAIR, 'chi_square_dro', 'worst group'),
   Claim(_SEMI, 'fixmatch', 'accuracy', against='labels only'),
+  Claim(_SEMI, 'shrinkmatch', 'accuracy', against='fixmatch'),
   Claim(_RARE, 'inverse_frequency', 'recall'),
   Claim(_RARE, 'inverse_frequency', 'F1'),
   Claim(_RARE, 'inverse_frequency', 'average precision'),
@@ -172,6 +173,7 @@ def record(
   tables = {
     task: {name: result._asdict() for name, result in arms.items()}
     for task, arms in results.items()
+    if arms
   }
   return {
     'tasks': tables,

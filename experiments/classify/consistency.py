@@ -16,6 +16,7 @@ from experiments.classify.arms import Facts
 from experiments.classify.model import Params, adam, forward, initial, moved
 from experiments.classify.sources import Examples
 from experiments.classify.tasks import Task
+from jaxrw import losses, weights
 from jaxrw.losses import cross_entropy
 
 CERTAIN = 0.95
@@ -35,32 +36,38 @@ def descend(
   known = jnp.argsort(data.y < 0)[:labeled]
   optimizer = adam(task.decay)
   params = initial(key, data.x.shape[1], task.hidden, task.classes)
+  terms = {'labels only': 0, 'fixmatch': 1, 'shrinkmatch': 2}[kind]  # losses that count
+  rw = weights.shrinkmatch(CERTAIN, decay=0.99)
+
+  def unlabeled_loss(params, state, near, far):
+    weak, strong = jax.lax.stop_gradient(forward(params, near)), forward(params, far)
+    top = jnp.argmax(weak, axis=-1)
+    keep, _ = weights.shrink_mask(jax.nn.softmax(weak), CERTAIN)
+    both = jnp.stack(
+      [cross_entropy(strong, top), losses.shrunk_cross_entropy(strong, keep, top)], axis=1
+    )
+    w, state = rw.update(jnp.ones_like(both), state, losses=both, logits=weak)
+    return jnp.sum((w * both)[:, :terms]) / len(both), state
 
   def step(carry, t):
-    params, moments, average = carry
+    params, moments, average, state = carry
     keys = jax.random.split(jax.random.fold_in(key, t), 5)
     rows = known[jax.random.randint(keys[0], (LABELED,), 0, labeled)]
     others = jax.random.randint(keys[1], (task.batch - LABELED,), 0, len(data.y))
     weak = lambda key, x: x + 0.1 * jax.random.normal(key, x.shape)
-    near = weak(keys[2], data.x[others])
-    far = disturbed(keys[3], data.x[others])
+    near, far = weak(keys[2], data.x[others]), disturbed(keys[3], data.x[others])
 
     def objective(params):
       logits = forward(params, weak(keys[4], data.x[rows]))
-      loss = jnp.mean(cross_entropy(logits, data.y[rows]))
-      if kind == 'labels only':
-        return loss
-      p = jax.lax.stop_gradient(jax.nn.softmax(forward(params, near)))
-      logits = forward(params, far)
-      certain = jnp.max(p, axis=-1) >= CERTAIN
-      return loss + jnp.mean(certain * cross_entropy(logits, jnp.argmax(p, axis=-1)))
+      loss, new = unlabeled_loss(params, state, near, far)
+      return jnp.mean(cross_entropy(logits, data.y[rows])) + loss, new
 
-    slope = jax.grad(objective)(params)
+    slope, state = jax.grad(objective, has_aux=True)(params)
     params, moments = moved(optimizer, rate, slope, moments, params)
     average = jax.tree.map(lambda a, p: 0.99 * a + 0.01 * p, average, params)
-    return (params, moments, average), None
+    return (params, moments, average, state), None
 
-  carry = params, optimizer.init(params), params
+  carry = params, optimizer.init(params), params, rw.init()
   return jax.lax.scan(step, carry, jnp.arange(facts.steps))[0][2]
 
 
