@@ -47,6 +47,7 @@ CLAIMS = (
   Claim(_NOISY, 'tilted t=-2', 'accuracy'),
   Claim(_NOISY, 'self_paced', 'accuracy'),
   Claim(_NOISY, 'learning_to_reweight', 'accuracy'),
+  Claim(_NOISY, 'learning_to_reweight', 'accuracy', against='trusted only'),
   Claim(_NOISY, 'rho_loss', 'accuracy'),
   Claim(_NOISY, 'rho_loss', 'accuracy', against='trusted only'),
   Claim(_NOISY, 'tilted t=1', 'accuracy', 'lower'),
