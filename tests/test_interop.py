@@ -63,8 +63,11 @@ def test_uniform_is_the_loop_without_weights(title):
 
 def test_every_recipe_is_tested():
   assert set(BLOCKS) == {
-    *SAME, 'Inside `optax.MultiSteps`', 'An optax aggregator: one gradient per example'
-  }  # fmt: skip
+    *SAME,
+    'Inside `optax.MultiSteps`',
+    'An optax aggregator: one gradient per example',
+    'A large trainer: Tunix 0.1.7',
+  }
 
 
 def test_multi_steps_are_microbatches_of_the_train_step():
@@ -128,6 +131,21 @@ def test_aggregated_steps_with_clipping():
   params, _ = run('An optax aggregator: one gradient per example')
   assert np.all(np.isfinite(params))
   assert np.abs(params).max() > 0.05
+
+
+@pytest.mark.peers
+def test_tunix_with_uniform_weights_is_tunix():
+  """Run where it is installed: `pip install google-tunix==0.1.7` (Python 3.12)."""
+  pytest.importorskip('tunix')
+  params, scope = run('A large trainer: Tunix 0.1.7')
+  again = lambda weights_of: (
+    scope.update(rng=np.random.default_rng(0)),
+    np.asarray(scope['run'](weights_of)),
+  )[1]
+  plain = again(None)
+  uniform = again(lambda losses, base: jnp.ones_like(losses))
+  np.testing.assert_allclose(uniform, plain, rtol=1e-5, atol=1e-6)
+  assert np.abs(params - plain).max() > 1e-3
 
 
 def test_errors():
