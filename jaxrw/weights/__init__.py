@@ -59,7 +59,13 @@ from jaxrw.weights.selective_backprop import selective_backprop, selective_backp
 from jaxrw.weights.self_paced import growing_threshold, self_paced, self_paced_weights
 from jaxrw.weights.shaping import cap, cap_weights, unit_mean, unit_mean_weights
 from jaxrw.weights.shrinkmatch import shrink_mask, shrinkmatch, shrinkmatch_weights
-from jaxrw.weights.tilted import tilted, tilted_stream, tilted_weights
+from jaxrw.weights.tilted import (
+  tilted,
+  tilted_groups,
+  tilted_groups_weights,
+  tilted_stream,
+  tilted_weights,
+)
 from jaxrw.weights.token_topk import token_topk, token_topk_weights
 from jaxrw.weights.trimmed import trimmed, trimmed_weights
 from jaxrw.weights.vertex_class_balance import (
@@ -134,6 +140,8 @@ __all__ = [
   'shrinkmatch_weights',
   'temperature_schedule',
   'tilted',
+  'tilted_groups',
+  'tilted_groups_weights',
   'tilted_stream',
   'tilted_weights',
   'token_topk',

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrw import masked
-from jaxrw.core import Weighting, at_step, declare, stateless
+from jaxrw.core import Weighting, at_step, check_groups, declare, stateless
 from jaxrw.weights._tilt import Nonfinite, prepare, tilt
 
 _PAPER = 'Li et al., Tilted Empirical Risk Minimization, ICLR 2021 (arXiv 2007.01162)'
@@ -126,6 +126,86 @@ def tilted_stream(t: float = 1.0, rate: float = 0.2) -> Weighting:
     return weights * masked.over_tokens(factor.astype(weights.dtype), weights), log_z
 
   return Weighting(lambda: jnp.asarray(-jnp.inf, jnp.float32), update)
+
+
+def tilted_groups_weights(
+  losses: jax.Array,
+  group_ids: jax.Array,
+  num_groups: int,
+  t: float | jax.Array = 1.0,
+  inner: float | jax.Array = 0.0,
+  *,
+  base: jax.Array | None = None,
+  weights: jax.Array | None = None,
+) -> jax.Array:
+  """Hierarchical tilt: the examples of a group by `inner`, the groups by t.
+
+    R_g = (1 / inner) log mean_g exp(inner l)            the mean of the group for inner = 0
+    w_i = exp(t R_g) / mean exp(t R) * exp(inner l_i) / mean_g exp(inner l)
+
+  Args:
+    losses: float[B], or float[B, T], whose base-mean over T is the loss of an example.
+    group_ids: int[B]. -1 is an unknown group: weight 1, part of no mean. Or float[B, G], how far
+      each example belongs to each group, at most 1 in sum; what is missing is unknown.
+    num_groups: G.
+    t: any finite number, in 1 / the losses' unit; at `inner` the groups do not matter.
+    inner: any finite number: > 0 for the hard examples of each group, < 0 against its noise.
+    base: float, shape of the losses, 0 for padding. Default: ones.
+    weights: float, same shape: weights so far, multiplied in; the result keeps sum(base * weights).
+      Default: ones.
+
+  Returns:
+    float32 (float64 for float64 losses), shape of the losses; 0 for padding. A traced id outside
+    -1 .. G - 1 makes its weight NaN.
+
+  Raises:
+    IndexError: a concrete id out of range.
+    ValueError: shapes that do not match, a tilt that is not finite.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxrw
+    >>> losses, ids = jnp.array([1.0, 3.0, 2.0, 9.0]), jnp.array([0, 0, 1, -1])
+    >>> w = jaxrw.tilted_groups_weights(losses, ids, 2, t=0.0, inner=-1.0)
+    >>> [round(float(x), 3) for x in w]
+    [1.762, 0.238, 1.0, 1.0]
+
+  Source: official code of Li et al.
+  """
+  _check(t)
+  _check(inner)
+  fine = check_groups(group_ids, num_groups, losses.shape[0])
+  loss, valid, base, weights = prepare(losses, base, weights, 'propagate')
+  loss = jnp.where(valid, loss, 0)
+  member = masked.membership(group_ids, num_groups).astype(loss.dtype)
+  share = jnp.where(fine[:, None] & (member > 0), member, 0)
+  measure = masked.example_level(base, base * weights)[1][:, None] * share
+  mass = jnp.sum(measure, axis=0)
+  total = jnp.sum(mass)
+  mean = lambda x: masked.divide(jnp.sum(jnp.where(measure > 0, measure * x, 0), axis=0), mass)
+  center = mean(loss[:, None])  # tilts are taken around it, so that none overflows for inner = 0
+  score = inner * (loss[:, None] - center)
+  top = jnp.max(jnp.where(measure > 0, score, -jnp.inf), axis=0)
+  top = jnp.where(mass > 0, top, 0)
+  log_mean = jnp.log(jnp.where(mass > 0, mean(jnp.exp(score - top)), 1)) + top
+  risk = center + (log_mean / inner if not isinstance(inner, (int, float)) or inner else 0)
+  q = jnp.where(mass > 0, jnp.exp(t * risk - masked.largest(t * risk, mass > 0)), 0)
+  q = q * masked.divide(total, jnp.sum(mass * q))
+  within = jnp.where(share > 0, jnp.exp(score - log_mean), 0)
+  factor = jnp.sum(share * q * within, axis=1) + (1 - jnp.sum(member, axis=1)) + 0 * loss
+  out = weights * masked.over_tokens(jnp.where(fine, factor, jnp.nan), weights)
+  return jnp.where(base > 0, out, 0)
+
+
+@declare('normalized', 'example', 'official_code', _PAPER)
+def tilted_groups(num_groups: int, t: float = 1.0, inner: float = 0.0) -> Weighting:
+  """Stage of `tilted_groups_weights`; needs the signal `group_ids`. Stateless."""
+  _check(t)
+  _check(inner)
+  return stateless(
+    lambda weights, *, losses, group_ids, base=None, **_: tilted_groups_weights(
+      losses, group_ids, num_groups, t, inner, base=base, weights=weights
+    )
+  )
 
 
 def _check(t: Tilt) -> None:

@@ -22,6 +22,7 @@ STAGES = {
   'group_cvar': jaxrw.group_cvar((0.5, 0.3, 0.2), 0.4),
   'fair_error_bound': jaxrw.fair_error_bound(3),
   'importance': jaxrw.importance(),
+  'tilted_groups': jaxrw.tilted_groups(3, 0.8, -0.5),
 }
 
 

@@ -48,6 +48,32 @@ def test_limits():
   )
 
 
+@pytest.mark.parametrize(('t', 'inner'), [(0.7, -1.3), (-2.0, 0.0), (1.1, 0.4)])
+def test_groups_are_the_derivative_of_the_hierarchical_risk(t, inner):
+  ids = np.array([0, 1, 1, 2, 2, 2, -1])
+  with jax.enable_x64(True):
+    losses = jnp.asarray(np.random.default_rng(1).gamma(2.0, 1.0, 7))
+
+    def risk(x):
+      of = [x[ids == g] for g in range(3)]
+      r = [jnp.log(jnp.mean(jnp.exp(inner * v))) / inner if inner else jnp.mean(v) for v in of]
+      return jnp.log(sum(len(v) * jnp.exp(t * u) for v, u in zip(of, r)) / 6) / t
+
+    w = jaxrw.tilted_groups_weights(losses, jnp.asarray(ids), 4, t, inner)
+    np.testing.assert_allclose(w[:6], 6 * jax.grad(risk)(losses)[:6], rtol=1e-10)
+  assert w[6] == 1
+
+
+def test_limits_of_tilted_groups():
+  losses, ids = jnp.array([1.0, 3.0, 2.0, 2.5]), jnp.array([0, 0, 1, 1])
+  of = lambda *args: jaxrw.tilted_groups_weights(losses, ids, 2, *args)
+  np.testing.assert_allclose(of(0.9, 0.9), _weights(losses, 0.9), rtol=1e-5)
+  np.testing.assert_allclose(of(0.0, 0.0), np.ones(4), rtol=1e-6)
+  np.testing.assert_allclose(of(1e3, 0.0), [0, 0, 2, 2], rtol=1e-6)
+  one = jaxrw.tilted_groups_weights(losses, jnp.zeros(4, int), 1, 5.0, -0.7)
+  np.testing.assert_allclose(one, _weights(losses, -0.7), rtol=1e-5)
+
+
 def test_a_stream_carries_the_normalizer_of_the_data():
   """Z is the exponential average of mean exp(t l), in logarithms; large t do not overflow."""
   rng, t, rate = np.random.default_rng(2), 40.0, 0.3
