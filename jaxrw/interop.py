@@ -92,12 +92,12 @@ def weighted_aggregator(rw: Weighting) -> optax.GradientTransformationExtraArgs:
     updates: Any,
     state: Any,
     params: Any = None,
-    *,
-    losses: jax.Array,
-    base: jax.Array | None = None,
     **others: Any,
   ) -> tuple[Any, Any]:
     del params
+    if 'losses' not in others:
+      raise TypeError('weighted_aggregator needs update(..., losses=), one per gradient')
+    losses, base = others.pop('losses'), others.pop('base', None)
     if losses.ndim != 1:
       raise ValueError(f'losses have shape {losses.shape}; expected [B], as the gradients are')
     base = jnp.ones(losses.shape, jnp.float32) if base is None else base

@@ -134,10 +134,10 @@ def ldam_margins(counts: Sequence[float] | jax.Array, largest: float = 0.5) -> j
 
   Source: official code of Cao et al., LDAM-DRW, NeurIPS 2019 (arXiv 1906.07413).
   """
-  counts = np.asarray(counts, np.float32)
-  if counts.ndim != 1 or not np.all(counts > 0) or not largest >= 0:
+  numbers = np.asarray(counts, np.float32)
+  if numbers.ndim != 1 or not np.all(numbers > 0) or not largest >= 0:
     raise ValueError(f'counts={counts} must be [C] and > 0, largest={largest} at least 0')
-  return jnp.asarray(largest * (counts.min() / counts) ** 0.25)
+  return jnp.asarray(largest * (numbers.min() / numbers) ** 0.25)
 
 
 def ldam(

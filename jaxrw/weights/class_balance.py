@@ -84,7 +84,7 @@ def effective_number_weights(counts: Counts, beta: float = 0.9999) -> jax.Array:
   return raw * masked.divide(jnp.sum(present), jnp.sum(raw))
 
 
-def class_weights(labels: jax.Array, per_class: jax.Array) -> jax.Array:
+def class_weights(labels: jax.Array, per_class: jax.Array | np.ndarray) -> jax.Array:
   """The weight of each label's class; 1 for the label -1.
 
   Args:

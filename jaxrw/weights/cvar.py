@@ -126,12 +126,12 @@ def chi_square_dro_weights(
     excess = p * jnp.maximum(scores - eta, 0)
     return jnp.stack([jnp.sum(excess), jnp.sum(excess * jnp.maximum(scores - eta, 0))])
 
-  left, width, inside = low, high - low, None
-  for _ in range(_ROUNDS):
+  left, width, inside = low, high - low, jnp.asarray(True)
+  for turn in range(_ROUNDS):
     step = width / _CANDIDATES
     first, second = jax.vmap(uneven, out_axes=1)(left + step * jnp.arange(_CANDIDATES))
     fine = second <= allowed * first**2
-    if inside is None:
+    if turn == 0:
       inside = fine[0]  # else no weight is 0, and eta lies below all losses
     left, width = left + step * jnp.maximum(jnp.sum(fine) - 1, 0), step
   active = (measure > 0) & ((scores > left) | (scores == high) | ~inside)
