@@ -171,8 +171,17 @@ def claims(name):
   return promised | {'rtol': rtol} | CLAIMS.get(factory, {}) | CLAIMS.get(name, {})
 
 
+# The same code paths at other settings; `pytest -m slow` runs them.
+VARIANTS = (
+  *('linupper_schedule', 'linupper_sharp', 'quadratic_sharp', 'extremes_sharp', 'upper_sharp'),
+  *('token_topk_schedule', 'token_topk_all', 'trimmed_low', 'hedge_smaller', 'after_not_yet'),
+)
+
+
 @pytest.mark.parametrize('promise', testing.PROMISES)
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize(
+  'name', [pytest.param(n, marks=[pytest.mark.slow] if n in VARIANTS else []) for n in CASES]
+)
 def test_promise(name, promise):
   testing.check_weighting(CASES[name], promises=[promise], **claims(name))
 

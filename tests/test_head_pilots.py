@@ -49,11 +49,8 @@ def _logits(params, x):
 def _incremental(seed, tx):
   """(accuracy before, after aligning, gamma) over all ten classes."""
   keys = jax.random.split(jax.random.key(seed), 6)
-  shapes = (12, 64), (64, 64), (64, 10)
-  params = tuple(
-    jax.random.normal(k, s) * np.sqrt(2 / s[0])
-    for k, s in zip(jax.random.split(keys[0], 3), shapes)
-  )
+  draw = lambda k, s: jax.random.normal(k, s) * np.sqrt(2 / s[0])
+  params = tuple(map(draw, jax.random.split(keys[0], 3), ((12, 64), (64, 64), (64, 10))))
   params = _fit(params, *_class_data(keys[1], (300,) * 5 + (0,) * 5), tx, keys[2], 3000, 5)
   params = _fit(params, *_class_data(keys[3], (10,) * 5 + (300,) * 5), tx, keys[4], 3000, 10)
   x, y = _class_data(keys[5], (200,) * 10)
