@@ -29,7 +29,10 @@ CALLS = {
   'torch.load', 'numpy.load', 'np.load', 'pandas.read_pickle', 'pd.read_pickle',
 }  # fmt: skip
 # A config file is code, as docs/errors.md says.
-ALLOWED = {('experiments/config.py', 'exec_module')}
+ALLOWED = {
+  ('experiments/config.py', 'exec_module'),
+  ('experiments/classify/sources.py', 'np.load'),  # arrays only: allow_pickle=False
+}
 
 
 def dangers(source: str) -> set[str]:

@@ -119,7 +119,7 @@ def read_jpegs(path: Path) -> tuple[np.ndarray, np.ndarray]:
     from PIL import Image
   except ImportError as e:
     raise UserError('CIFAR-10 needs Pillow: pip install pillow') from e
-  with _opened(path) as f, np.load(f) as arrays:
+  with _opened(path) as f, np.load(f, allow_pickle=False) as arrays:
     stream, ends, labels = (arrays[key] for key in ('jpeg', 'offsets', 'label'))
   stream = stream.tobytes()
   decode = lambda a, b: np.asarray(Image.open(io.BytesIO(stream[a:b])))
