@@ -85,10 +85,11 @@ def kliep(
     steps: of the solver.
 
   Returns:
-    DensityRatio. If no source row is near any center, alpha is 0 and the weights are 1.
+    DensityRatio. If no source row is near any center, alpha is 0 and the weights are 1. NaN in the
+    data makes alpha, and so every weight, NaN.
 
   Raises:
-    ValueError: shapes that do not match.
+    ValueError: shapes that do not match, a sigma or steps <= 0.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -103,9 +104,10 @@ def kliep(
     gradient steps and projects, to the same optimum.
   """
   _check(source, target, centers)
+  check_positive(sigma=sigma, steps=steps)
   kernel = gaussian_kernel(target, centers, sigma)
   mean = jnp.mean(gaussian_kernel(source, centers, sigma), axis=0)
-  near = mean > _FLOOR  # a center without source rows could take any alpha
+  near = ~(mean <= _FLOOR)  # a center without source rows could take any alpha; NaN stays NaN
   start = jnp.where(near, 1 / jnp.where(near, mean, 1), 0) / jnp.maximum(jnp.sum(near), 1)
 
   def step(alpha, _):
@@ -140,7 +142,7 @@ def kliep_likelihood(
     float[S].
 
   Raises:
-    ValueError: shapes that do not match, folds that do not fit.
+    ValueError: shapes that do not match, folds that do not fit, a width or steps <= 0.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -154,6 +156,8 @@ def kliep_likelihood(
   Source: Sugiyama et al., KLIEP, NIPS 2007.
   """
   _check(source, target, centers)
+  for sigma in sigmas if isinstance(sigmas, Sequence) else ():
+    check_positive(sigma=sigma)
   if not 2 <= folds <= len(target):
     raise ValueError(f'folds={folds} must be at least 2 and at most {len(target)}')
   size = len(target) // folds
@@ -163,7 +167,7 @@ def kliep_likelihood(
     rest = jnp.roll(shuffled, -fold, axis=0)
     fit = kliep(source, rest[1:].reshape(-1, target.shape[1]), centers, sigma, steps=steps)
     mean = jnp.mean(raw_weights(fit, source))
-    w = raw_weights(fit, rest[0]) / jnp.where(mean > 0, mean, 1)
+    w = raw_weights(fit, rest[0]) / jnp.where(mean == 0, 1, mean)
     return jnp.mean(jnp.log(jnp.maximum(w, _FLOOR)))
 
   score = lambda sigma: jnp.mean(jnp.stack([held_out(fold, sigma) for fold in range(folds)]))
@@ -190,7 +194,7 @@ def ulsif(
     DensityRatio. Its weights have mean 1 on the source only about; `density_ratio_weights` divides.
 
   Raises:
-    ValueError: shapes that do not match, a penalty <= 0.
+    ValueError: shapes that do not match, a sigma or penalty <= 0.
 
   Example:
     >>> import jax
@@ -203,7 +207,7 @@ def ulsif(
   Provenance: reconstructed. Source: Kanamori et al., uLSIF, JMLR 2009, as recalled.
   """
   _check(source, target, centers)
-  check_positive(penalty=penalty)
+  check_positive(sigma=sigma, penalty=penalty)
   k = gaussian_kernel(source, centers, sigma)
   second = k.T @ k / len(source)
   first = jnp.mean(gaussian_kernel(target, centers, sigma), axis=0)
@@ -244,9 +248,7 @@ def density_ratio_weights(fit: DensityRatio, source: jax.Array) -> jax.Array:
     >>> [round(float(v), 3) for v in w]
     [1.762, 0.238]
   """
-  w = raw_weights(fit, source)
-  mean = jnp.mean(w)
-  return jnp.where(mean > 0, w / jnp.where(mean > 0, mean, 1), 1)
+  return _with_mean_one(raw_weights(fit, source))
 
 
 def kmm(
@@ -260,7 +262,8 @@ def kmm(
   """Weights that match the kernel means: minimize |mean_i w_i K(x_i, .) - mean_j K(t_j, .)|^2.
 
   Over 0 <= w <= limit, by accelerated projected gradient with restarts; then divided by their mean.
-  Memory grows as n^2.
+  The objective's distance from its minimum falls at least as 1 / steps^2; single weights are less
+  certain than it, since near rows can stand in for each other. Memory grows as n^2.
 
   Args:
     source: float[n, d].
@@ -270,10 +273,10 @@ def kmm(
     steps: of the solver.
 
   Returns:
-    float[n] of mean 1.
+    float[n] of mean 1; ones if no target row is near, NaN for NaN in the data.
 
   Raises:
-    ValueError: shapes that do not match, a limit <= 0.
+    ValueError: shapes that do not match, a sigma, limit or steps <= 0.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -287,7 +290,7 @@ def kmm(
     recalled; there the mean is held near 1 by a constraint instead of the division.
   """
   _check(source, target, target)
-  check_positive(limit=limit)
+  check_positive(sigma=sigma, limit=limit, steps=steps)
   count = len(source)
   kernel = gaussian_kernel(source, source, sigma)
   pull = count * jnp.mean(gaussian_kernel(source, target, sigma), axis=1)
@@ -304,8 +307,7 @@ def kmm(
 
   start = jnp.ones(count, kernel.dtype)
   (w, _, _), _ = jax.lax.scan(step, (start, start, jnp.ones((), kernel.dtype)), length=steps)
-  mean = jnp.mean(w)
-  return jnp.where(mean > 0, w / jnp.where(mean > 0, mean, 1), 1)
+  return _with_mean_one(w)
 
 
 def weighted_ridge(
@@ -335,6 +337,11 @@ def weighted_ridge(
   scaled = x * weights[:, None]
   gram = x.T @ scaled + penalty * jnp.eye(x.shape[1], dtype=x.dtype)
   return jax.scipy.linalg.solve(gram, scaled.T @ z, assume_a='pos')
+
+
+def _with_mean_one(w: jax.Array) -> jax.Array:
+  mean = jnp.mean(w)
+  return jnp.where(mean == 0, 1, w / jnp.where(mean == 0, 1, mean))
 
 
 def _check(source: jax.Array, target: jax.Array, centers: jax.Array) -> None:

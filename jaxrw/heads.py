@@ -48,7 +48,7 @@ def align_rows(kernel: jax.Array, old: jax.Array, axis: int = -1) -> tuple[jax.A
   if old.shape != norms.shape:
     raise ValueError(f'old has shape {old.shape}; expected [{norms.size}], one for each class')
   mean_old, mean_new = (masked.mean(norms, group.astype(norms.dtype)) for group in (old, ~old))
-  usable = (mean_old > 0) & (mean_new > 0)
+  usable = (mean_old != 0) & (mean_new != 0)  # NaN stays NaN
   gamma = jnp.where(usable, mean_old / jnp.where(usable, mean_new, 1), 1)
   return _scaled(kernel, jnp.where(old, 1, gamma), axis), gamma
 

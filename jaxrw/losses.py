@@ -61,6 +61,7 @@ def focal(
 
   Raises:
     ValueError: a negative gamma.
+    TypeError: a traced gamma.
 
   Example:
     >>> import jax.numpy as jnp, jaxrw
@@ -71,13 +72,13 @@ def focal(
   Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017 (arXiv 1708.02002), with a
     softmax; for two classes it equals `optax.losses.sigmoid_focal_loss`.
   """
-  if not gamma >= 0:
-    raise ValueError(f'gamma={gamma} must be at least 0')
+  _check_number(gamma, 0, math.inf, 'gamma')
   losses = cross_entropy(logits, labels)
   if gamma:
     logits = logits.astype(losses.dtype)
-    own = labels[..., None] == jnp.arange(logits.shape[-1])
-    others = jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), axis=-1)
+    out = (labels[..., None] == jnp.arange(logits.shape[-1])) | (logits == -jnp.inf)
+    # Finite, unlike -inf: a row of which nothing is left has a sum, but no gradient.
+    others = jax.nn.logsumexp(jnp.where(out, jnp.finfo(logits.dtype).min / 2, logits), axis=-1)
     # log(1 - p) as a difference of two sums: 1 - p itself would round to 0.
     losses *= jnp.exp(gamma * (others - jax.nn.logsumexp(logits, axis=-1)))
   return losses if alpha is None else losses * _of_label(alpha, labels, logits.shape[-1])
@@ -99,6 +100,7 @@ def generalized_cross_entropy(logits: jax.Array, labels: jax.Array, q: float = 0
 
   Raises:
     ValueError: q outside [0, 1].
+    TypeError: a traced q.
 
   Example:
     >>> import jax.numpy as jnp, jaxrw
@@ -108,8 +110,7 @@ def generalized_cross_entropy(logits: jax.Array, labels: jax.Array, q: float = 0
 
   Source: Zhang and Sabuncu, NeurIPS 2018 (arXiv 1805.07836).
   """
-  if not 0 <= q <= 1:
-    raise ValueError(f'q={q} must be in [0, 1]')
+  _check_number(q, 0, 1, 'q')
   losses = cross_entropy(logits, labels)
   return -jnp.expm1(-q * losses) / q if q else losses
 
@@ -184,13 +185,14 @@ def logit_adjusted_cross_entropy(
     labels: int[...].
     log_prior: float[V], logarithm of the classes' shares (or counts: a constant does not matter);
       -inf for a class that does not occur.
-    tau: 0 is cross entropy, 1 is balanced softmax.
+    tau: >= 0. 0 is cross entropy, 1 is balanced softmax.
 
   Returns:
     float32[...], one loss per label.
 
   Raises:
-    ValueError: a prior that is not [V].
+    ValueError: a prior that is not [V], a negative tau.
+    TypeError: a traced tau.
 
   Example:
     >>> import jax.numpy as jnp, jaxrw
@@ -202,6 +204,7 @@ def logit_adjusted_cross_entropy(
 
   Source: Menon et al., Long-tail learning via logit adjustment, ICLR 2021, as recalled.
   """
+  _check_number(tau, 0, math.inf, 'tau')
   log_prior = _of_classes(log_prior, logits.shape[-1], 'log_prior')
   return cross_entropy(logits + tau * log_prior if tau else logits, labels)
 
@@ -220,7 +223,7 @@ def balanced_softmax(
     float32[...], one loss per label.
 
   Raises:
-    ValueError: counts that are not [V].
+    ValueError: counts that are not [V], negative or not finite.
 
   Example:
     >>> import jax.numpy as jnp, jaxrw
@@ -230,7 +233,20 @@ def balanced_softmax(
 
   Source: Ren et al., Balanced Meta-Softmax, NeurIPS 2020; as AT-BSL's code has it.
   """
+  counts = _of_classes(counts, logits.shape[-1], 'counts')
+  if not isinstance(counts, jax.core.Tracer):
+    numbers = np.asarray(counts)
+    if not np.all(np.isfinite(numbers) & (numbers >= 0)):
+      raise ValueError(f'counts={numbers} must be at least 0 and finite')
   return logit_adjusted_cross_entropy(logits, labels, jnp.log(jnp.asarray(counts, jnp.float32)))
+
+
+def _check_number(value: float, low: float, high: float, name: str) -> None:
+  if isinstance(value, jax.core.Tracer):
+    raise TypeError(f'{name} is traced; pass a number, outside jit or by static_argnames')
+  if not low <= value <= high:
+    wanted = f'in [{low}, {high}]' if high < math.inf else f'at least {low}'
+    raise ValueError(f'{name}={value} must be {wanted}')
 
 
 def _of_classes(values: jax.Array, number: int, name: str) -> jax.Array:

@@ -176,13 +176,16 @@ def isotonize(quantiles: jax.Array, how: Literal['sort', 'pava'] = 'sort') -> ja
   if how != 'pava':
     raise ValueError(f"how={how!r} must be 'sort' or 'pava'")
   count = quantiles.shape[-1]
+  # Differences of cumulative sums lose the digits of a level far from 0.
+  level = jnp.mean(quantiles, axis=-1, keepdims=True)
+  quantiles = quantiles - level
   sums = jnp.cumsum(quantiles, axis=-1)
   before = sums - quantiles
   i, j = jnp.arange(count)[:, None], jnp.arange(count)
   means = (sums[..., None, :] - before[..., :, None]) / jnp.where(j >= i, j - i + 1, 1)
   # [.., i, t]: the least mean of q_i .. q_j over j >= t.
   least = jax.lax.cummin(jnp.where(j >= i, means, jnp.inf), axis=means.ndim - 1, reverse=True)
-  return jnp.max(jnp.where(j >= i, least, -jnp.inf), axis=-2)
+  return level + jnp.max(jnp.where(j >= i, least, -jnp.inf), axis=-2)
 
 
 def _check(kind: str) -> None:

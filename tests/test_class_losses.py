@@ -93,6 +93,14 @@ def test_extreme_logits_have_finite_gradients():
     assert np.all(np.isfinite(pull(jnp.ones(2))[0])), loss
 
 
+def test_focal_with_no_other_class_left():
+  """Nothing else can be it: the loss is 0, its gradient too. A log sum of nothing has none."""
+  for z in (jnp.array([[1.0, -jnp.inf, -jnp.inf]]), jnp.array([[1.0]])):
+    value, pull = jax.vjp(lambda z: losses.focal(z, jnp.array([0])), z)
+    np.testing.assert_array_equal(value, [0])
+    np.testing.assert_array_equal(pull(jnp.ones(1))[0], jnp.zeros_like(z))
+
+
 def test_a_class_that_does_not_occur_is_never_predicted_in_training():
   z = jnp.zeros((1, 3))
   value, pull = jax.vjp(lambda z: losses.balanced_softmax(z, jnp.array([0]), [1, 1, 0]), z)
@@ -109,8 +117,18 @@ def test_errors():
     (lambda: losses.ldam(z, labels, jnp.zeros(2)), r'margins has shape \(2,\); expected \[3\]'),
     (lambda: losses.ldam(z, labels, jnp.zeros(3), 0), 'scale=0 must be greater than 0'),
     (lambda: losses.ldam_margins([1, 0]), r'must be \[C\] and > 0'),
-    (lambda: losses.balanced_softmax(z, labels, [1, 2]), r'log_prior has shape \(2,\)'),
+    (lambda: losses.balanced_softmax(z, labels, [1, 2]), r'counts has shape \(2,\)'),
+    (lambda: losses.balanced_softmax(z, labels, [3, -1, 2]), 'must be at least 0 and finite'),
+    (lambda: losses.logit_adjusted_cross_entropy(z, labels, jnp.zeros(3), np.nan), 'tau=nan must'),
     (lambda: losses.focal(z, labels, 1.0, jnp.ones(2)), r'alpha has shape \(2,\)'),
   ):
     with pytest.raises(ValueError, match=message):
       call()
+  prior = jnp.zeros(3)
+  for name, traced in (
+    ('gamma', lambda v: losses.focal(z, labels, v)),
+    ('q', lambda v: losses.generalized_cross_entropy(z, labels, v)),
+    ('tau', lambda v: losses.logit_adjusted_cross_entropy(z, labels, prior, v)),
+  ):
+    with pytest.raises(TypeError, match=f'{name} is traced; pass a number'):
+      jax.jit(traced)(0.5)

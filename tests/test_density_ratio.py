@@ -158,14 +158,27 @@ def test_weights_win_back_a_misspecified_regression():
   assert effective.mean() < 0.4
 
 
-def test_rows_over_eight_devices_give_the_same_fit():
+@pytest.mark.parametrize('method', ['kliep', 'ulsif', 'kmm'])
+def test_rows_over_eight_devices_give_the_same_weights(method):
   source, target, _ = _gaussians(7, n=160, m=80, dtype=np.float32)
   mesh = Mesh(np.asarray(jax.devices()), ('data',), axis_types=(AxisType.Auto,))
   rows = NamedSharding(mesh, PartitionSpec('data'))
-  fit = functools.partial(_kliep, centers=jnp.asarray(target[:10]), sigma=0.5, steps=50)
-  one = fit(jnp.asarray(source), jnp.asarray(target))
-  eight = fit(jax.device_put(source, rows), jax.device_put(target, rows))
-  np.testing.assert_allclose(eight.alpha, one.alpha, rtol=2e-3, atol=1e-5)
+  weigh = jax.jit(functools.partial(_weights, method, centers=jnp.asarray(target[:10]), sigma=0.5))
+  one = weigh(source=jnp.asarray(source), target=jnp.asarray(target))
+  eight = weigh(source=jax.device_put(source, rows), target=jax.device_put(target, rows))
+  np.testing.assert_allclose(eight, one, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('part', ['source', 'target'])
+@pytest.mark.parametrize('method', ['kliep', 'ulsif', 'kmm'])
+def test_a_broken_row_is_seen_in_the_weights(method, part):
+  """A mean that is not above 0 is no mean of 0: `mean > 0` would turn NaN into weights of 1."""
+  source, target, _ = _gaussians(8, n=30, m=20, dtype=np.float32)
+  broken = {'source': source, 'target': target}
+  broken[part] = broken[part].copy()
+  broken[part][3] = np.nan
+  w = _weights(method, **broken, centers=target[5:10], sigma=0.5)
+  assert np.isnan(w).any()
 
 
 def test_errors():
@@ -175,6 +188,11 @@ def test_errors():
     (lambda: density_ratio.ulsif(x, x, jnp.ones((0, 2)), 1.0), r'centers has shape \(0, 2\)'),
     (lambda: density_ratio.ulsif(x, x, x, 1.0, penalty=0), 'penalty=0 must be greater than 0'),
     (lambda: density_ratio.kmm(x, x, 1.0, limit=0), 'limit=0 must be greater than 0'),
+    (lambda: density_ratio.kmm(x, x, 1.0, steps=0), 'steps=0 must be greater than 0'),
+    (lambda: density_ratio.kmm(x, x, 0.0), r'sigma=0\.0 must be greater than 0'),
+    (lambda: density_ratio.ulsif(x, x, x, -1.0), r'sigma=-1\.0 must be greater than 0'),
+    (lambda: density_ratio.kliep(x, x, x, float('nan')), 'sigma=nan must be greater than 0'),
+    (lambda: density_ratio.kliep_likelihood(jax.random.key(0), x, x, x, [1, 0]), 'sigma=0 must'),
     (lambda: density_ratio.kliep(jnp.ones(4), x, x, 1.0), 'source has shape'),
     (lambda: density_ratio.kliep_likelihood(jax.random.key(0), x, x, x, [1.0], folds=9), 'folds=9'),
   ):

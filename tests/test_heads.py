@@ -55,6 +55,18 @@ def test_where_there_is_nothing_to_align():
   assert np.all(np.isfinite(zeros))
 
 
+def test_rows_of_the_same_norm_stay_bit_by_bit():
+  kernel = jnp.diag(jnp.array([3.0, -3, 3, 3, -3])) + 4 * jnp.roll(jnp.eye(5), 1, axis=0)
+  same, gamma = heads.align_rows(kernel, OLD)
+  assert gamma == 1
+  np.testing.assert_array_equal(same, kernel)
+
+
+def test_a_broken_row_is_seen():
+  for column in (0, 3):
+    assert np.isnan(heads.align_rows(jnp.asarray(_kernel()).at[0, column].set(jnp.nan), OLD)[1])
+
+
 def test_any_axis_and_dtype():
   kernel = _kernel()
   columns, _ = heads.align_rows(jnp.asarray(kernel), OLD)

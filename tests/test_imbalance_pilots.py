@@ -12,18 +12,10 @@ import optax
 import pytest
 
 import jaxrw
-from jaxrw import masked
 from jaxrw.adversarial import pgd_linf
-from jaxrw.contrastive import supcon
 
 pytestmark = pytest.mark.slow
 SEEDS = 3
-
-
-def effective_number(counts, beta=0.9999):
-  """Class weights (1 - beta) / (1 - beta^n) of mean 1 over the classes."""
-  raw = (1 - beta) / (1 - beta ** np.asarray(counts, float))
-  return jnp.asarray(raw / raw.mean(), jnp.float32)
 
 
 def mlp_init(key, sizes):
@@ -35,11 +27,10 @@ def mlp_init(key, sizes):
 
 
 def mlp(params, x):
-  """(features, logits)."""
   for w, b in params[:-1]:
     x = jax.nn.relu(x @ w + b)
   w, b = params[-1]
-  return x, x @ w + b
+  return x @ w + b
 
 
 # --- adversarial training with rare classes
@@ -55,17 +46,17 @@ def classes(key, separation, counts):
 
 
 def ce(params, x, y):
-  return jaxrw.losses.cross_entropy(mlp(params, x)[1], y)
+  return jaxrw.losses.cross_entropy(mlp(params, x), y)
 
 
-def adversarial_training(seed, separation, start, lam, steps=400):
+def adversarial_training(seed, separation, start, steps=400):
   """Robust accuracy (majority, minority, all); class weights from step `start` on."""
   key = jax.random.key(seed)
   x, y = classes(jax.random.fold_in(key, 1), separation, COUNTS)
   params = mlp_init(jax.random.fold_in(key, 2), (WIDTH, 64, 64, 5))
   tx = optax.adam(3e-3)
   attack = partial(pgd_linf, ce, eps=EPS, bounds=(-np.inf, np.inf))
-  weights = effective_number(COUNTS)
+  weights = jaxrw.effective_number_weights(COUNTS)
 
   def step(carry, t):
     params, opt_state = carry
@@ -75,13 +66,7 @@ def adversarial_training(seed, separation, start, lam, steps=400):
     xs = attack(params, xs, ys, step=0.14, steps=5, key=now)
 
     def loss(params):
-      features, logits = mlp(params, xs)
-      w = jnp.where(t >= start, weights[ys], 1)
-      total = jnp.mean(w * jaxrw.losses.cross_entropy(logits, ys))
-      if lam:
-        separation_losses, valid = supcon(features, ys, temperature=0.5)
-        total += lam * masked.mean(separation_losses, valid.astype(jnp.float32))
-      return total
+      return jnp.mean(jnp.where(t >= start, weights[ys], 1) * ce(params, xs, ys))
 
     updates, opt_state = tx.update(jax.grad(loss)(params), opt_state)
     return (optax.apply_updates(params, updates), opt_state), None
@@ -89,7 +74,7 @@ def adversarial_training(seed, separation, start, lam, steps=400):
   (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(steps))
   x, y = classes(jax.random.fold_in(key, 3), separation, (200,) * 5)
   x = attack(params, x, y, step=0.05, steps=15, key=key)
-  right = jnp.argmax(mlp(params, x)[1], 1) == y
+  right = jnp.argmax(mlp(params, x), 1) == y
   by_class = jnp.mean(right.reshape(5, 200), axis=1)
   return jnp.stack([by_class[:3].mean(), by_class[3:].mean(), by_class.mean()])
 
@@ -98,8 +83,8 @@ def test_weights_cost_the_majority_where_classes_overlap():
   """The minority gains from weights; what the majority pays for it depends on the overlap."""
   robust = {}
   for separation in (0.9, 1.6):
-    for name, start, lam in (('plain', 400, 0), ('weighted', 0, 0), ('deferred', 240, 0)):
-      run = jax.vmap(partial(adversarial_training, separation=separation, start=start, lam=lam))
+    for name, start in (('plain', 400), ('weighted', 0), ('deferred', 240)):
+      run = jax.vmap(partial(adversarial_training, separation=separation, start=start))
       robust[separation, name] = np.mean(jax.jit(run)(jnp.arange(SEEDS)), axis=0)
       print(separation, name, np.round(robust[separation, name], 3))
   cost = {s: robust[s, 'plain'][0] - robust[s, 'weighted'][0] for s in (0.9, 1.6)}

@@ -90,6 +90,13 @@ def test_isotonize():
   np.testing.assert_array_equal(sorted_, np.sort(q, axis=1))
 
 
+def test_isotonize_far_from_zero():
+  """float32: cumulative sums around 1e5 would be off by more than the quantiles differ."""
+  q = np.random.default_rng(6).normal(size=(100, 25)).astype(np.float32) + np.float32(1e5)
+  expected = [optimize.isotonic_regression(row.astype(np.float64)).x for row in q]
+  np.testing.assert_allclose(quantiles.isotonize(jnp.asarray(q), 'pava'), expected, rtol=1.5e-7)
+
+
 def test_isotonizing_never_hurts_and_running_minima_do():
   rng = np.random.default_rng(4)
   q, y = rng.normal(size=(5000, 5)), rng.normal(size=5000)

@@ -12,7 +12,7 @@ Deferred re-weighting (LDAM-DRW) is `after(start, effective_number(counts))`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -114,18 +114,19 @@ def class_weights(labels: jax.Array, per_class: jax.Array | np.ndarray) -> jax.A
 def inverse_frequency(counts: Counts) -> Weighting:
   """Stage of `inverse_frequency_weights`; needs the signal `labels`: int[B], or int[B, T] for
   losses of tokens."""
-  return _by_label(inverse_frequency_weights(counts))
+  return _by_label(lambda: inverse_frequency_weights(counts))
 
 
 @declare('absolute', 'entry', 'official_code', _EFFECTIVE)
 def effective_number(counts: Counts, beta: float = 0.9999) -> Weighting:
   """Stage of `effective_number_weights`; needs the signal `labels`: int[B], or int[B, T] for losses
   of tokens."""
-  return _by_label(effective_number_weights(counts, beta))
+  return _by_label(lambda: effective_number_weights(counts, beta))
 
 
-def _by_label(per_class: jax.Array) -> Weighting:
-  table = np.asarray(per_class)
+def _by_label(per_class: Callable[[], jax.Array]) -> Weighting:
+  with jax.ensure_compile_time_eval():  # the counts are known, even where the stage is made in jit
+    table = np.asarray(per_class())
 
   def update(weights, *, losses, labels, base=None, **_):
     losses, base, weights = masked.fill_in(losses, base, weights)

@@ -1,5 +1,6 @@
 """Class weights against scikit-learn, published numbers and their limits."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -66,6 +67,17 @@ def test_labels_of_tokens():
     jnp.ones((2, 2)), (), losses=jnp.ones((2, 2)), labels=jnp.array([[0, 1], [1, -1]])
   )
   np.testing.assert_allclose(w, [[2 / 3, 2], [2, 1]], rtol=1e-6)
+
+
+def test_a_stage_made_inside_jit():
+  """Counts are numbers; the table is made of them before the program runs."""
+  labels, losses = jnp.array([0, 1, 1]), jnp.ones(3)
+  for make in (jaxrw.inverse_frequency, jaxrw.effective_number):
+
+    def weigh(labels, make=make):
+      return make([6, 3]).update(jnp.ones(3), (), losses=losses, labels=labels)[0]
+
+    np.testing.assert_array_equal(jax.jit(weigh)(labels), weigh(labels))
 
 
 def test_errors():
