@@ -14,10 +14,12 @@ import types
 from pathlib import Path
 
 FAMILIES = Path(__file__).parent / 'families'
-# Packages that list their names; the names of all other modules are what is defined in them.
-_LISTED = ('jaxrw', 'jaxrw.weights', 'jaxrw.mixtures')
-# What these packages only pass on from a module of the same room is documented under the package.
-_INSIDE = ('jaxrw.weights.', 'jaxrw.mixtures.')
+# Packages that list their names, which are documented under the package and not under the module
+# that defines them; the names of all other modules are what is defined in them.
+_PACKAGES = tuple(
+  f'jaxrw.{name}'
+  for name in ('attribution', 'mixtures', 'scores', 'selection', 'valuation', 'weights')
+)
 
 
 def modules() -> list[str]:
@@ -26,14 +28,12 @@ def modules() -> list[str]:
 
   found = [m.name for m in pkgutil.walk_packages(jaxrw.__path__, 'jaxrw.')]
   public = [name for name in found if not any(part.startswith('_') for part in name.split('.'))]
-  alone = {name for name in public if not name.startswith(_INSIDE)}
+  alone = {name for name in public if not name.startswith(tuple(f'{p}.' for p in _PACKAGES))}
   # Modules of plain functions that are reached as jaxrw.weights.<module>.<function>.
-  weights = importlib.import_module('jaxrw.weights')
-  alone |= {
-    f'jaxrw.weights.{name}'
-    for name in weights.__all__
-    if isinstance(getattr(weights, name), types.ModuleType)
-  }
+  for package in _PACKAGES:
+    listed = importlib.import_module(package)
+    inside = [n for n in listed.__all__ if isinstance(getattr(listed, n), types.ModuleType)]
+    alone |= {f'{package}.{name}' for name in inside}
   return ['jaxrw', *sorted(alone)]
 
 
@@ -43,7 +43,7 @@ def names(module: str) -> dict[str, object]:
   if module == 'jaxrw':  # what it passes on from the weights is documented there
     weights = importlib.import_module('jaxrw.weights')
     listed = [name for name in found.__all__ if name not in weights.__all__]
-  elif module in _LISTED:
+  elif module in _PACKAGES:
     listed = found.__all__
   else:
     own = lambda value: getattr(value, '__module__', None) == module

@@ -8,6 +8,7 @@
 
 from jaxrw import (
   adversarial,
+  attribution,
   class_stats,
   contrastive,
   density_ratio,
@@ -20,6 +21,9 @@ from jaxrw import (
   mixtures,
   ordinal,
   quantiles,
+  scores,
+  selection,
+  valuation,
   weights,
 )
 from jaxrw.bilevel import make_bilevel_step
@@ -37,6 +41,7 @@ __all__ = [
   'Weighting',
   'adversarial',
   'after',
+  'attribution',
   'base_measure',
   'chain',
   'class_stats',
@@ -54,6 +59,9 @@ __all__ = [
   'mixtures',
   'ordinal',
   'quantiles',
+  'scores',
+  'selection',
+  'valuation',
   'weights',
 ]
 __all__ += [name for name in _weight_names if name not in weights.RECONSTRUCTED]

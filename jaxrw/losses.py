@@ -249,7 +249,7 @@ def _check_number(value: float, low: float, high: float, name: str) -> None:
     raise ValueError(f'{name}={value} must be {wanted}')
 
 
-def _of_classes(values: jax.Array, number: int, name: str) -> jax.Array:
+def _of_classes(values: Sequence[float] | jax.Array, number: int, name: str) -> jax.Array:
   values = jnp.asarray(values)
   if values.shape != (number,):
     raise ValueError(f'{name} has shape {values.shape}; expected [{number}], one for each class')
