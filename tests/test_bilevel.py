@@ -387,6 +387,7 @@ def _compiled_sizes():
   return size
 
 
+@pytest.mark.slow
 def test_memory_stays_near_that_of_an_ordinary_step():
   """Where the compiler runs things in the order of the program.
 

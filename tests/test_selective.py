@@ -188,7 +188,11 @@ def _gpt_data():
   }
 
 
-@pytest.mark.parametrize('changes', [{}, {'scan': False}, {'remat': 'full'}], ids=str)
+@pytest.mark.parametrize(
+  'changes',
+  [{}, *(pytest.param(c, marks=pytest.mark.slow) for c in ({'scan': False}, {'remat': 'full'}))],
+  ids=str,
+)
 @pytest.mark.parametrize('reuse', [False, True])
 def test_a_transformer_trains_on_the_kept_rows_exactly(reuse, changes):
   state, batch = _gpt_data()

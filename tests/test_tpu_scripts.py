@@ -271,6 +271,7 @@ def test_a_connection_that_drops_does_not_start_the_command_again(cloud):
   assert done.stdout.count('from') == 1
 
 
+@pytest.mark.slow
 def test_a_slice_that_is_taken_away_is_replaced_and_the_run_goes_on(cloud):
   process = cloud.start('train.sh', RUN, *trainer(cloud.work, 30))
   wait_until(lambda: count(cloud, '../work') >= 2, process)  # copied while it goes on
@@ -307,6 +308,7 @@ def test_told_to_stop_before_there_is_a_slice(cloud):
   assert process.returncode == 75
 
 
+@pytest.mark.slow
 def test_a_killed_script_leaves_the_command_and_the_next_one_waits_for_it(cloud):
   process = cloud.start('train.sh', RUN, *trainer(cloud.work, 30))
   wait_until(lambda: count(cloud), process)

@@ -15,6 +15,7 @@ from experiments.models import lm
 from tests.experiments import small
 
 
+@pytest.mark.slow
 def test_the_matrix_is_that_of_explicit_gradients(tmp_path):
   config = small.config(small.write_corpus(tmp_path / 'corpus'), tmp_path / 'root', steps=2)
   config.model.update(n_layer=1, scan=False)

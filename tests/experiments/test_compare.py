@@ -320,6 +320,7 @@ def test_processors_are_dealt_out_to_the_jobs(monkeypatch, processors, jobs, sha
   assert compare.processor_shares(jobs) == shares
 
 
+@pytest.mark.slow
 def test_the_program_runs_units_in_processes_of_their_own(tmp_path):
   corpus = small.write_corpus(tmp_path / 'corpus')
 

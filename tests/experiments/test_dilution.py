@@ -49,6 +49,7 @@ def test_the_drawn_feature_agrees_as_often_as_it_should():
   assert agrees == pytest.approx(0.8 * (1 - flip) + 0.2 * flip, abs=0.01)
 
 
+@pytest.mark.slow
 def test_dilution_and_what_weights_win_back():
   curves = dilution.run(3, 1000)
   under_shift = [curves.shifted[f'{share:.0%}'].mean() for share in dilution.SHARES]

@@ -18,6 +18,7 @@ def command(*arguments):
   return small.program('experiments.doremi', *arguments)
 
 
+@pytest.mark.slow
 def test_three_stages_and_a_second_call_that_trains_nothing(corpus, tmp_path):
   flags = ('--rate=5', '--larger=model.n_embd=48', '--seeds=1')
   done = command(corpus, tmp_path / 'run', *flags)

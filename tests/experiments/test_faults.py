@@ -56,6 +56,7 @@ def killed(plan):
   return plan
 
 
+@pytest.mark.slow
 def test_nothing_is_lost(killed):
   found = files.read_json(killed.folder / 'faults.json')
   assert found['steps_differing'] == found['results_differing'] == found['arrays_differing'] == []
@@ -95,6 +96,7 @@ def spoil_parameter(run: Path) -> None:
     saved.save(STEPS, state, *rest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('spoil', 'expected'),
   [
@@ -113,6 +115,7 @@ def test_a_difference_is_found(killed, tmp_path, spoil, expected):
   assert faults.something_lost(found)
 
 
+@pytest.mark.slow
 def test_a_deleted_checkpoint_ends_in_status_1(killed, tmp_path):
   plan = killed._replace(folder=tmp_path / 'spoiled')
   shutil.copytree(killed.folder, plan.folder)

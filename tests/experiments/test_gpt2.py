@@ -298,7 +298,9 @@ def test_auto_attention_picks_cudnn_only_where_it_applies(
 
 
 # 1, 2 and 4 blocks of queries.
-@pytest.mark.parametrize('length', [1, 70, 128, 130, 256])
+@pytest.mark.parametrize(
+  'length', [1, 130, *(pytest.param(n, marks=pytest.mark.slow) for n in (70, 128, 256))]
+)
 @pytest.mark.parametrize(('dtype', 'tol'), [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
 def test_blocked_attention_equals_the_library_in_values_and_gradients(length, dtype, tol):
   shape = (2, length, 3, 8)
@@ -391,6 +393,7 @@ def test_a_chunked_head_communicates_no_more_than_a_whole_one(params, batch, siz
   assert 0 < chunked_sent <= sent
 
 
+@pytest.mark.slow
 def test_a_chunked_head_costs_a_third_of_the_head():
   """At a vocabulary of 32768 the head is 12% of a 24-layer step; compiled, not run."""
   whole = dataclasses.replace(gpt2.PRESETS['gpt2_209m'], vocab_size=32768)
@@ -478,6 +481,7 @@ def test_a_probe_on_a_mesh_equals_one_device(params, batch, signals, sizes):
   check_signals(readings, signals)
 
 
+@pytest.mark.slow
 def test_norms_send_nothing_between_devices_and_gradients_once():
   mesh = make_mesh(8, 1)
   cfg = dataclasses.replace(CFG, n_embd=32)
@@ -497,6 +501,7 @@ def test_norms_send_nothing_between_devices_and_gradients_once():
   assert collectives(gradients.make_probe(32, shards=8, chunks=4)) == collectives(None)
 
 
+@pytest.mark.slow
 def test_signals_cost_next_to_nothing():
   """Two layers of the quickstart, 32 rows: compiled, not run."""
   cfg, rows = gpt2.PRESETS['tiny'], 32

@@ -136,6 +136,7 @@ hosts.barrier('too late', 2)
 """
 
 
+@pytest.mark.slow
 def test_auto_under_slurm_and_a_barrier_that_one_misses():
   running = [start(BARRIERS, slurm(task), coordinator='auto') for task in (0, 1)]
   (status, out, err), (other_status, other_out, _) = map(end, running)
@@ -147,6 +148,7 @@ def test_auto_under_slurm_and_a_barrier_that_one_misses():
   assert status == other_status == 69
 
 
+@pytest.mark.slow
 def test_one_that_fails_alone_takes_the_other_with_it():
   """And does not wait for it: its own error and status come first."""
   code = """
@@ -167,6 +169,7 @@ together()
   )
 
 
+@pytest.mark.slow
 def test_one_that_hangs_up_while_the_other_waits_for_no_collective():
   """Nothing but the missing signs of life tells: jax aborts, and the last line is ours."""
   code = """

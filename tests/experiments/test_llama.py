@@ -176,6 +176,7 @@ def test_other_ways_to_compute_agree_in_values_and_gradients(params, batch, chan
   jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), other_grads, grads)
 
 
+@pytest.mark.slow
 def test_remat_saves_memory_in_the_order_of_its_names():
   cfg = dataclasses.replace(sized('tiny'), n_layer=8, loss_chunk=32)
   shapes = jax.eval_shape(partial(lm.init, cfg=cfg), jax.random.key(0))

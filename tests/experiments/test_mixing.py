@@ -118,6 +118,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, monkey
   assert files.read_json(tmp_path / mixing.FILE) == files.read_json(workdir / mixing.FILE)
 
 
+@pytest.mark.slow
 def test_eight_devices_draw_the_same_batches(finished, tmp_path):
   config, workdir, _ = finished
   run(config, tmp_path, devices=8)
@@ -249,6 +250,7 @@ def test_a_target_smaller_than_its_batch_is_read_whole_every_time(make):
 # Mixtures that are found by a target, and mixtures of mixtures
 
 
+@pytest.mark.slow
 def test_importance_gives_the_target_the_domain_that_it_resembles(make, tmp_path):
   """A target that is not trained on: all of it resembles the one domain that is left."""
   config = make('importance:target=easy')
@@ -272,6 +274,7 @@ def basis(make, tmp_path):
   return paths
 
 
+@pytest.mark.slow
 def test_dga_over_a_basis_moves_between_its_mixtures(make, basis, tmp_path):
   """It is told of the two mixtures, and recommends one of domains between them."""
   spec = f'dga:rate=2:every=2:normalize=cosine:target=hard:basis={basis[0]}+{basis[1]}'
@@ -289,6 +292,7 @@ def test_dga_over_a_basis_moves_between_its_mixtures(make, basis, tmp_path):
   assert found['hard'] == pytest.approx(hard[-1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_fewer_mixtures_than_domains_see_every_target(tmp_path):
   """Against explicit gradients: the target is the last of three domains, the basis has two rows."""
   folder = small.write_corpus(tmp_path / 'text')
@@ -357,6 +361,7 @@ def test_a_basis_must_fit_what_is_trained_on(make, basis):
 # The reader
 
 
+@pytest.mark.slow
 def test_domains_are_read_on_new_blocks_each_time_and_alike_on_any_mesh(make):
   config = make('dga:rate=1')
   config.mixture.rows = 3
@@ -374,6 +379,7 @@ def test_domains_are_read_on_new_blocks_each_time_and_alike_on_any_mesh(make):
   )
 
 
+@pytest.mark.slow
 def test_readings_are_the_inner_products_of_explicit_gradients(make):
   """Against one gradient for each domain, taken apart, and vdot."""
   config = make('doge')

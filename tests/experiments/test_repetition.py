@@ -106,6 +106,7 @@ def test_pools_must_be_equally_large(tmp_path):
     repetition.pool_size(config, ['easy', 'hard'])
 
 
+@pytest.mark.slow
 def test_the_command_and_a_second_one_that_trains_nothing(tmp_path):
   folder = small.write_corpus(tmp_path / 'text')
   flags = ('--pools=easy,hard', '--target=hard', '--bytes=1000', '--seeds=1')

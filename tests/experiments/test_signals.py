@@ -56,6 +56,7 @@ def test_group_dro_trains_resumes_and_saves_its_state(config, tmp_path):
   saver.close()
 
 
+@pytest.mark.slow
 def test_the_reference_gives_its_losses(config, corpus, tmp_path):
   reference = small.config(corpus, tmp_path / 'root', steps=2)
   reference.model.n_embd, reference.seed = 16, 7  # another size, another start
@@ -130,6 +131,7 @@ def test_selective_backward_reaches_the_step(config):
   assert metrics['overflow'] == 2
 
 
+@pytest.mark.slow
 def test_the_target_is_read_in_the_backward_pass(config):
   config.target.update(domain='hard', blocks=4)
   run = train.build(config)
@@ -144,6 +146,7 @@ def test_the_target_is_read_in_the_backward_pass(config):
     train.build(config)
 
 
+@pytest.mark.slow
 def test_adapt_reads_its_anchors_on_training_blocks_of_the_target(config, tmp_path):
   config.target.update(
     domain='hard', read='representation', blocks=3, every=2

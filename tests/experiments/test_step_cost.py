@@ -33,6 +33,7 @@ def test_linupper_adds_two_tiny_collectives_and_no_matmul(config):
   ]
 
 
+@pytest.mark.slow
 def test_accumulation_costs_a_forward_pass_unless_one_pass_will_do(config):
   rows = step_cost.count_accumulation(config, ['linupper_stale:0.4'], 2, jax.devices()[:1])
   flops = {(row['microbatches'], row['scope']): row['matmul_flops'] for row in rows}
@@ -42,6 +43,7 @@ def test_accumulation_costs_a_forward_pass_unless_one_pass_will_do(config):
   assert 'linupper_stale:0.4    2  online' in step_cost.format_accumulation(rows)
 
 
+@pytest.mark.slow
 def test_growth_is_linear_in_the_batch_and_shared_by_devices(config):
   rows = step_cost.count_growth(config, ['uniform'], jax.devices()[:2])
   flops = {(r['batch_size'], r['seq_len'], r['devices']): r['matmul_flops'] for r in rows}
@@ -52,6 +54,7 @@ def test_growth_is_linear_in_the_batch_and_shared_by_devices(config):
   assert len(step_cost.format_growth(rows).splitlines()) == 2 + len(rows)
 
 
+@pytest.mark.slow
 def test_times_come_with_intervals(config):
   rows = step_cost.measure(config, ['uniform', 'linupper:0.4'], 3, jax.devices()[:1])
   assert rows[0]['ratio'] == 1.0
@@ -144,6 +147,7 @@ def test_the_peer_is_the_same_model(config):
   assert step(tokens) == pytest.approx(float(np.mean(weights * np.mean(ours, axis=1))), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_mixture_are_timed_and_its_readings_counted(config):
   """The stage alone, and readings by how often there are any; FLOPs agree with the dry run."""
   specs = ['odm', 'dga:rate=1:every=4:rows=1:target_rows=2']
@@ -165,6 +169,7 @@ def test_the_parts_of_a_mixture_are_timed_and_its_readings_counted(config):
   assert f'{dga.reading_flops:.3%}' in text
 
 
+@pytest.mark.slow
 def test_a_mixture_that_never_reads_in_the_run(config):
   spec = 'aioli:rate=1:round_steps=40:rounds_of_bursts=1:burst_steps=2:share=0.75:warmup_steps=999'
   _, (aioli,) = mixture_cost.measure(config, [spec], 2, jax.devices()[:1])

@@ -21,6 +21,7 @@ def command(corpus, workdir, *flags):
   return small.program('experiments.regmix.swarm', corpus, workdir, *flags)
 
 
+@pytest.mark.slow
 def test_a_larger_swarm_goes_on_where_a_smaller_one_ended(corpus, tmp_path):
   done = command(corpus, tmp_path / 'run', '--runs=2')
   assert done.returncode == 0, done.stderr

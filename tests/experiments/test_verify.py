@@ -150,6 +150,7 @@ def test_not_a_run(tmp_path, run):
 # Again
 
 
+@pytest.mark.slow
 def test_a_rerun_reproduces_and_finds_what_is_different(run):
   assert verify.rerun(str(run)) == 'reproduced'
 

@@ -16,6 +16,7 @@ def record(tmp_path_factory):
   return weak_scaling.measure(config, ['data', 'fsdp'], [1, 2, 4], 2)
 
 
+@pytest.mark.slow
 def test_nothing_but_communication_grows(record):
   alone = record[0]
   assert alone['collectives'] == 0

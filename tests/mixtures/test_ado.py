@@ -295,6 +295,7 @@ def _history_mixture():
   return ado(G, **QUICK)
 
 
+@pytest.mark.slow
 def test_real_fits_move_the_shares_and_restart_bit_for_bit():
   losses, counts = batches(2, 90)
   steps = [(losses[t : t + 1], counts[t : t + 1]) for t in range(90)]
