@@ -8,11 +8,12 @@ likelihood ratio
 
 What is kept by it: `jaxrw.selection.gumbel_top_k(key, log_w, budget)`, sampling without replacement
 in proportion to w. Of long documents the log weights differ by hundreds, so that sampling is nearly
-top-k; a `temperature` there or `length_normalize` here brings the chance back.
+top-k; a `temperature` there or `Scored.per_ngram` here brings the chance back.
 
-Counting and scoring are plain NumPy on the host, a document at a time: features are hashes of
-strings, and a corpus is read from disks. Counts of shards add up (`Counts.merge`), so both passes
-run on any number of workers: see `experiments/select_corpus`.
+Counting and scoring are NumPy on the host: features are hashes of strings, and a corpus is read
+from disks. A text becomes an array of characters, in which words are found, and n-grams are looked
+up, for many documents at once; only an n-gram that is new costs a SHA-256. Counts of shards add up
+(`Counts.merge`), so both passes run on any number of workers: see `experiments/select_corpus`.
 
 Source: Xie et al., Data Selection for Language Models via Importance Resampling, NeurIPS 2023
 (arXiv 2302.03169); the package `data-selection`, whose hashes and log weights these are.
@@ -20,16 +21,25 @@ Source: Xie et al., Data Selection for Language Models via Importance Resampling
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxrw.scores import _sha256
+
 BUCKETS = 10_000
 _WORDS = re.compile(r'\w+|[^\w\s]+')  # runs of letters and digits; runs of other marks
+_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
+_STEP = 0xD6E8FEB86659FD93
+_LOW = np.uint64(0xFFFF)
+_BATCH = 1 << 18  # characters: arrays of their size stay in the cache
+_FEW = 2000  # n-grams, which are hashed one by one
 
 
 def tokenize(text: str) -> list[str]:
@@ -46,46 +56,234 @@ def tokenize(text: str) -> list[str]:
 
 
 class Hasher:
-  """The buckets of n-grams, int(sha256(ngram), 16) mod m; remembers what it has hashed.
+  """The buckets of a text's n-grams: int(sha256(words joined by a blank), 16) mod m.
+
+  What was hashed once is remembered under a fingerprint of 48 bits and its place in the table; of
+  1e9 lookups of new n-grams one is mistaken for another with a chance of 1e-5.
 
   Args:
     order: n-grams of 1 to `order` words share the buckets.
-    buckets: m.
-    most_remembered: strings; then the memory is emptied. A string takes some 100 bytes.
+    buckets: m, at most 65,536.
+    remembered: n-grams to remember, rounded up to a power of 2, 8 bytes each. With more different
+      ones some are hashed again.
 
   Raises:
-    ValueError: numbers below 1.
+    ValueError: numbers out of range.
 
   Example:
     >>> from jaxrw.scores import dsir
-    >>> dsir.Hasher()(['alice', 'went'])
+    >>> dsir.Hasher().buckets_of('Alice went')
     array([6720, 5816,  114])
   """
 
-  def __init__(self, order: int = 2, buckets: int = BUCKETS, most_remembered: int = 4_000_000):
-    if order < 1 or buckets < 1 or most_remembered < 1:
+  def __init__(self, order: int = 2, buckets: int = BUCKETS, remembered: int = 1 << 22):
+    if order < 1 or not 1 <= buckets <= 1 << 16 or remembered < 2:
       raise ValueError(
-        f'order={order}, buckets={buckets} and {most_remembered=} must be at least 1'
+        f'order={order} must be at least 1, buckets={buckets} in [1, 65536], '
+        f'remembered={remembered} at least 2'
       )
-    self.order, self.buckets, self.most_remembered = order, buckets, most_remembered
-    self._known: dict[str, int] = {}
+    self.order, self.buckets = order, buckets
+    bits = (remembered - 1).bit_length()
+    self._shift = np.uint64(64 - bits)
+    # The upper 48 bits of a fingerprint and its bucket; 0 is an empty place.
+    self._table = np.zeros(1 << bits, np.uint64)
 
-  def __call__(self, words: Sequence[str]) -> np.ndarray:
-    """Buckets of all n-grams of a list of words, int64[L], by order, then by place."""
-    grams = list(words)
-    for n in range(2, self.order + 1):
-      grams += map(' '.join, zip(*(words[i:] for i in range(n))))
-    known = self._known
-    try:
-      return np.fromiter(map(known.__getitem__, grams), np.int64, len(grams))
-    except KeyError:
-      if len(known) > self.most_remembered:
-        known.clear()
-      for gram in grams:
-        if gram not in known:
-          digest = hashlib.sha256(gram.encode()).digest()
-          known[gram] = int.from_bytes(digest, 'big') % self.buckets
-    return np.fromiter(map(known.__getitem__, grams), np.int64, len(grams))
+  def buckets_of(self, text: str) -> np.ndarray:
+    """Buckets of the n-grams of one text, int64[L], by order, then by place."""
+    return np.concatenate([found for found, _ in self._orders([text])]).astype(np.int64)
+
+  def count(self, texts: Iterable[str]) -> Counts:
+    """How often each bucket occurs in the texts."""
+    total, documents = np.zeros(self.buckets, np.int64), 0
+    for batch in _batches(texts):
+      documents += len(batch)
+      for found, _ in self._orders(batch):
+        total += np.bincount(found, minlength=self.buckets)
+    return Counts(total, documents)
+
+  def score(self, texts: Iterable[str], ratio: np.ndarray) -> Scored:
+    """Sums of the log ratios of each text's n-grams.
+
+    Args:
+      texts: documents.
+      ratio: float64[m], from `log_ratio`.
+
+    Returns:
+      Scored; the log weight of a text without words is 0. Each is the same number whatever texts it
+      is scored with.
+
+    Raises:
+      ValueError: a ratio that is not [m].
+    """
+    if ratio.shape != (self.buckets,):
+      raise ValueError(f'ratio has shape {ratio.shape}; expected [{self.buckets}], one per bucket')
+    sums, words = [], []
+    for batch in _batches(texts):
+      total, size = np.zeros(len(batch)), len(batch)
+      for n, (found, document) in enumerate(self._orders(batch)):
+        # bincount adds in order, so that a sum does not depend on what else is in the batch.
+        total += np.bincount(document, weights=ratio[found], minlength=size)
+        if not n:
+          words.append(np.bincount(document, minlength=size))
+      sums.append(total)
+    if not sums:
+      return Scored(np.zeros(0), np.zeros(0, np.int64))
+    return Scored(np.concatenate(sums), np.concatenate(words))
+
+  def _orders(self, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(buckets, documents) of all unigrams, then bigrams, ... of the texts."""
+    words = _words(texts)
+    unigrams = prints = words.prints
+    for n in range(1, self.order + 1):
+      if n > 1:
+        prints = _mixed(prints[:-1] * np.uint64(_BASE) + unigrams[n - 1 :])
+      document = words.document[: len(prints)]
+      first = np.flatnonzero(document == words.document[n - 1 :])  # where none crosses to the next
+      found = self._look_up(prints[first], words, n, first)
+      yield found, document[first]
+
+  def _look_up(self, prints: np.ndarray, words: _Words, n: int, first: np.ndarray) -> np.ndarray:
+    """Buckets of the n-grams that begin with the words `first`, by fingerprints; new ones are
+    hashed. Each has two places to be at."""
+    place = prints * np.uint64(_STEP)
+    entry = self._table[place >> self._shift]
+    missed = np.flatnonzero((entry ^ prints) > _LOW)
+    entry[missed] = self._table[place[missed] * np.uint64(_BASE) >> self._shift]
+    new = missed[(entry[missed] ^ prints[missed]) > _LOW]
+    if len(new):
+      different, back, again = np.unique(prints[new], return_index=True, return_inverse=True)
+      bucket = words.hashed(n, first[new[back]], self.buckets)
+      made = (different & ~_LOW) | bucket.astype(np.uint64)
+      entry[new] = made[again]
+      place = different * np.uint64(_STEP)
+      one, two = place >> self._shift, (place * np.uint64(_BASE)) >> self._shift
+      self._table[np.where(self._table[one] == 0, one, two)] = made
+    return (entry & _LOW).astype(np.int64)
+
+
+class _Words(NamedTuple):
+  """The words of some texts: the bytes of the texts in lower case, where words are in them, the
+  number of the text each is in, and fingerprints."""
+
+  data: np.ndarray
+  starts: np.ndarray
+  ends: np.ndarray
+  document: np.ndarray
+  prints: np.ndarray
+
+  def hashed(self, n: int, first: np.ndarray, buckets: int) -> np.ndarray:
+    """Buckets of the n-grams that begin with these words."""
+    rows = first + np.arange(n)[:, None]
+    starts, ends = self.starts[rows], self.ends[rows]
+    short = (ends - starts).sum(axis=0) + n - 1 <= _sha256.LONGEST
+    if np.count_nonzero(short) < _FEW:
+      short[:] = False
+    found = np.empty(len(first), np.int64)
+    if short.any():
+      found[short] = _sha256.buckets(self.data, starts[:, short], ends[:, short], buckets)
+    data = b'' if short.all() else self.data.tobytes()
+    for i in np.flatnonzero(~short).tolist():
+      parts = zip(starts[:, i].tolist(), ends[:, i].tolist())
+      digest = hashlib.sha256(b' '.join([data[a:b] for a, b in parts])).digest()
+      found[i] = int.from_bytes(digest, 'big') % buckets
+    return found
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+  batch, size = [], 0
+  for text in texts:
+    batch.append(text)
+    size += len(text)
+    if size >= _BATCH:
+      yield batch
+      batch, size = [], 0
+  if batch:
+    yield batch
+
+
+@functools.cache
+def _kinds() -> np.ndarray:
+  """Of every character: 0 white space, 1 part of a word, 2 another mark."""
+  kind = np.full(sys.maxunicode + 1, 2, np.uint8)
+  everything = ''.join(map(chr, range(sys.maxunicode + 1)))
+  for pattern, number in ((r'\s+', 0), (r'\w+', 1)):
+    for run in re.finditer(pattern, everything):
+      kind[run.start() : run.end()] = number
+  return kind
+
+
+def _words(texts: Sequence[str]) -> _Words:
+  """Finds the words, and their fingerprints: sum of (byte + 1) BASE^(place in the word), by
+  differences of cumulative sums, divided by BASE^start; all modulo 2^64."""
+  lower = [text.lower() for text in texts]
+  text = '\n'.join(lower)  # white space, so that no word crosses
+  data = np.frombuffer(text.encode('utf8', 'surrogatepass'), np.uint8)
+  kind = np.zeros(len(data) + 2, np.uint8)  # of every byte, with white space around
+  kind[1:-1] = _kinds()[data]
+  if len(data) != len(text):
+    _mark_wide(kind, data)
+  change = np.flatnonzero(kind[1:] != kind[:-1])
+  starts, ends = change[kind[change + 1] > 0], change[kind[change] > 0]
+  sizes = [len(t) if t.isascii() else len(t.encode('utf8', 'surrogatepass')) for t in lower]
+  per_text = np.diff(
+    np.searchsorted(starts, np.cumsum(sizes) + np.arange(1, len(lower) + 1)), prepend=0
+  )
+  powers, inverses = _powers(1 << max(20, len(data).bit_length()))
+  sums = np.zeros(len(data) + 1, np.uint64)
+  np.cumsum(powers[: len(data)] * (data + np.uint64(1)), out=sums[1:])
+  prints = _mixed((sums[ends] - sums[starts]) * inverses[starts])
+  return _Words(data, starts, ends, np.repeat(np.arange(len(lower)), per_text), prints)
+
+
+def _mixed(prints: np.ndarray) -> np.ndarray:
+  """Every bit spread over the whole number, one to one."""
+  prints *= np.uint64(_STEP)
+  prints ^= prints >> np.uint64(32)
+  prints *= np.uint64(_BASE)
+  return prints
+
+
+def _mark_wide(kind: np.ndarray, data: np.ndarray) -> None:
+  """The kinds of all bytes of characters beyond ASCII."""
+  first = np.flatnonzero(data >= 0xC0)
+  after = np.concatenate([data, np.zeros(3, np.uint8)])
+  lead = data[first].astype(np.int32)
+  one, two, three = (after[first + i].astype(np.int32) & 0x3F for i in (1, 2, 3))
+  point = np.where(
+    lead < 0xE0,
+    (lead & 0x1F) << 6 | one,
+    np.where(
+      lead < 0xF0,
+      (lead & 0xF) << 12 | one << 6 | two,
+      (lead & 0x7) << 18 | one << 12 | two << 6 | three,
+    ),
+  )
+  own = _kinds()[point]
+  for i, least in enumerate((0xC0, 0xC0, 0xE0, 0xF0)):
+    kind[1 + i + first[lead >= least]] = own[lead >= least]
+
+
+@functools.lru_cache(maxsize=2)
+def _powers(size: int) -> tuple[np.ndarray, np.ndarray]:
+  """Powers of BASE and of its inverse, uint64[size] each."""
+  out = []
+  for base in (_BASE, pow(_BASE, -1, 1 << 64)):
+    factors = np.full(size, base, np.uint64)
+    factors[0] = 1
+    out.append(np.cumprod(factors))
+  return out[0], out[1]
+
+
+class Scored(NamedTuple):
+  """log_weights float64[n] and numbers of words int64[n] of documents."""
+
+  log_weights: np.ndarray
+  words: np.ndarray
+
+  def per_ngram(self, order: int = 2) -> np.ndarray:
+    """Mean log ratio of an n-gram, float64[n]: a long document does not win by its length."""
+    ngrams = sum(np.maximum(self.words - n, 0) for n in range(order))
+    return self.log_weights / np.maximum(ngrams, 1)
 
 
 class Counts(NamedTuple):
@@ -106,22 +304,6 @@ class Counts(NamedTuple):
   def distribution(self) -> np.ndarray:
     """Shares of the buckets, float64[m]; zeros if nothing was counted."""
     return self.ngrams / max(1, self.ngrams.sum())
-
-
-def count(documents: Iterable[np.ndarray], buckets: int = BUCKETS) -> Counts:
-  """Counts of documents given as buckets.
-
-  Example:
-    >>> import numpy as np
-    >>> from jaxrw.scores import dsir
-    >>> dsir.count([np.array([0, 1]), np.array([1])], buckets=3)
-    Counts(ngrams=array([1, 2, 0]), documents=2)
-  """
-  total, seen = np.zeros(buckets, np.int64), 0
-  for ids in documents:
-    total += np.bincount(ids, minlength=buckets)
-    seen += 1
-  return Counts(total, seen)
 
 
 def log_ratio(
@@ -157,29 +339,6 @@ def log_ratio(
       raise ValueError(f'{name} has no n-grams: the corpus is empty')
   smoothed = target.ngrams + smoothing
   return np.log(smoothed / smoothed.sum() + eps) - np.log(raw.distribution + eps)
-
-
-def log_weight(ids: np.ndarray, ratio: np.ndarray, *, length_normalize: bool = False) -> float:
-  """Sum of the log ratios of a document's n-grams, or their mean; 0 for an empty document.
-
-  Args:
-    ids: int[L], from a `Hasher`.
-    ratio: float64[m], from `log_ratio`.
-    length_normalize: the mean: a long document does not win by its length.
-
-  Example:
-    >>> import numpy as np
-    >>> from jaxrw.scores import dsir
-    >>> dsir.log_weight(np.array([0, 1, 1]), np.array([2.0, -0.5]))
-    1.0
-  """
-  total = float(ratio[ids].sum())
-  return total / max(1, len(ids)) if length_normalize else total
-
-
-def number_of_words(ngrams: int, order: int = 2) -> int:
-  """Words of a document with so many n-grams of 1 to `order` words (at least `order` of them)."""
-  return (ngrams + order * (order - 1) // 2) // order
 
 
 def kl_divergence(p: np.ndarray, q: np.ndarray, eps: float = 1e-8) -> float:

@@ -26,7 +26,7 @@ def knn_shapley(
   test_labels: jax.Array,
   neighbors: int = 5,
   *,
-  chunk: int = 64,
+  chunk: int = 512,
 ) -> jax.Array:
   """The value of every training example for a K-nearest-neighbor classifier (Euclidean).
 

@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import sys
 
 import numpy as np
 import pytest
@@ -17,16 +18,23 @@ def _documents(seed, number=30, length=40):
   return [' '.join(rng.choice(WORDS, length, p=p)) + '.' for _ in range(number)]
 
 
-def _buckets(documents, hasher=None):
-  hasher = hasher or dsir.Hasher()
-  return [hasher(dsir.tokenize(text)) for text in documents]
+def _buckets(text, order=2, size=10_000):
+  """The definition, one n-gram at a time."""
+  words = dsir.tokenize(text)
+  grams = [' '.join(words[i : i + n]) for n in range(1, order + 1)
+           for i in range(len(words) - n + 1)]  # fmt: skip
+  return [int(hashlib.sha256(g.encode()).hexdigest(), 16) % size for g in grams]
+
+
+def _count(documents, **settings):
+  return dsir.Hasher(**settings).count(documents)
 
 
 def test_hashes_that_the_package_publishes():
   hasher = dsir.Hasher()
-  assert list(hasher(['alice'])) == [6720]
-  assert list(hasher(['alice', 'went']))[-1] == 114
-  assert len(hasher(dsir.tokenize('Alice went to the store'))) == 9
+  assert list(hasher.buckets_of('alice')) == [6720]
+  assert list(hasher.buckets_of('Alice went'))[-1] == 114
+  assert len(hasher.buckets_of('Alice went to the store')) == 9
 
 
 def test_tokens():
@@ -36,61 +44,89 @@ def test_tokens():
   assert dsir.tokenize('  \n') == []
 
 
+TEXTS = (
+  "Alice didn't go to the STORE -- for 5.5%, (naïve_x).",
+  'Ünïcödé ÉTÉ İstanbul \u1680 x\u2028y ½ ² 中文分词,测试 ١٢٣ 😀😀 a😀b',
+  'a ' * 5 + 'b' * 54 + ' ' + 'c' * 55 + ' ' + 'd' * 56 + ' ' + 'é' * 40,
+  '', '  \n', '.', 'x',
+)  # fmt: skip
+
+
 @pytest.mark.parametrize('order', [1, 2, 3])
-def test_ngrams_are_a_loop(order):
-  words = WORDS[:7]
-  grams = [' '.join(words[i : i + n]) for n in range(1, order + 1) for i in range(8 - n)]
-  expected = [int(hashlib.sha256(g.encode()).hexdigest(), 16) % 97 for g in grams]
-  np.testing.assert_array_equal(dsir.Hasher(order, 97)(words), expected)
-  assert dsir.number_of_words(len(expected), order) == 7
-  assert list(dsir.Hasher(order, 97)([])) == []
+def test_buckets_are_a_loop(order):
+  hasher = dsir.Hasher(order, 9973)
+  for _ in range(2):  # new, then remembered
+    for text in TEXTS:
+      np.testing.assert_array_equal(hasher.buckets_of(text), _buckets(text, order, 9973))
 
 
-def test_what_is_remembered_does_not_change_what_is_found():
-  small, large = dsir.Hasher(most_remembered=3), dsir.Hasher()
-  for words in (WORDS, WORDS[::-1], WORDS):
-    np.testing.assert_array_equal(small(words), large(words))
+def test_every_character_is_of_the_kind_that_the_expression_says():
+  """One text of all characters, each between blanks and each behind a letter."""
+  points = [i for i in range(1, sys.maxunicode, 7) if not 0xD800 <= i < 0xE000]
+  text = ' '.join(map(chr, points)) + ' ' + 'a'.join(map(chr, points))
+  found = dsir._words([text])
+  words = [found.data[a:b].tobytes().decode() for a, b in zip(found.starts, found.ends)]
+  assert words == dsir.tokenize(text)
+
+
+def test_half_a_surrogate_pair_does_not_stop_the_job():
+  """JSON may hold one; it cannot be encoded, and the package fails."""
+  assert len(dsir.Hasher().buckets_of('a \ud800 b')) == 5
+
+
+@pytest.mark.parametrize('order', [2, 3])
+def test_thousands_of_new_ngrams_are_hashed_at_once(order):
+  rng = np.random.default_rng(1)
+  letters = np.array(list('abcdefgé'))
+  words = [''.join(rng.choice(letters, rng.integers(1, 28))) for _ in range(4000)]
+  text = ' '.join(words)
+  np.testing.assert_array_equal(dsir.Hasher(order).buckets_of(text), _buckets(text, order))
+
+
+def test_what_is_remembered_and_what_comes_along_change_nothing(monkeypatch):
+  documents = [*TEXTS, *_documents(0, 200)]
+  ratio = np.random.default_rng(0).normal(size=10_000)
+  alone = [dsir.Hasher().score([text], ratio) for text in documents]
+  tiny = dsir.Hasher(remembered=2)
+  monkeypatch.setattr(dsir, '_BATCH', 500)
+  for hasher in (tiny, dsir.Hasher()):
+    together = hasher.score(iter(documents), ratio)
+    np.testing.assert_array_equal(together.log_weights, [s.log_weights[0] for s in alone])
+    np.testing.assert_array_equal(together.words, [len(dsir.tokenize(t)) for t in documents])
 
 
 def test_weights_are_a_loop():
-  target, raw = _buckets(_documents(0)), _buckets(_documents(1))
-  ratio = dsir.log_ratio(dsir.count(target), dsir.count(raw), smoothing=0.5)
-  totals = [collections.Counter(np.concatenate(ids).tolist()) for ids in (target, raw)]
+  target, raw = _documents(0), _documents(1)
+  ratio = dsir.log_ratio(_count(target), _count(raw), smoothing=0.5)
+  totals = [collections.Counter(j for text in d for j in _buckets(text)) for d in (target, raw)]
   p = np.array([totals[0][j] + 0.5 for j in range(10_000)])
   q = np.array([totals[1][j] for j in range(10_000)])
-  for ids in raw[:5]:
+  found = dsir.Hasher().score(raw[:5], ratio)
+  for i, text in enumerate(raw[:5]):
+    ids = _buckets(text)
     terms = [np.log(p[j] / p.sum() + 1e-8) - np.log(q[j] / q.sum() + 1e-8) for j in ids]
-    np.testing.assert_allclose(dsir.log_weight(ids, ratio), sum(terms), rtol=1e-12)
-    np.testing.assert_allclose(
-      dsir.log_weight(ids, ratio, length_normalize=True), np.mean(terms), rtol=1e-12
-    )
+    np.testing.assert_allclose(found.log_weights[i], sum(terms), rtol=1e-12)
+    np.testing.assert_allclose(found.per_ngram()[i], np.mean(terms), rtol=1e-12)
 
 
-def test_weights_are_the_packages():
+def test_features_are_the_packages():
   """`data-selection` 1.0.3, where it is installed (extra `peers`)."""
   package = pytest.importorskip('data_selection.hashed_ngram_dsir')
-  documents = _documents(2)
-  from nltk.tokenize import WordPunctTokenizer
-
-  for text in documents:
-    words = WordPunctTokenizer().tokenize(text.lower())
-    assert words == dsir.tokenize(text)
-    expected = package.get_ngram_counts(text.lower(), n=2, num_buckets=10_000)
-    found = np.bincount(dsir.Hasher()(words), minlength=10_000)
-    np.testing.assert_array_equal(found, expected)
+  for text in [*TEXTS, *_documents(2)]:
+    expected = package.get_ngram_counts(text, n=2, num_buckets=10_000)
+    np.testing.assert_array_equal(_count([text]).ngrams, expected)
 
 
 def test_the_same_corpus_has_weights_of_one():
-  raw = _buckets(_documents(3))
-  counts = dsir.count(raw)
+  counts = _count(_documents(3))
   assert np.all(dsir.log_ratio(counts, counts) == 0)
   assert dsir.kl_reduction([counts], counts, counts) == 0
 
 
 def test_counts_of_shards_add_up_in_any_order():
-  documents = _buckets(_documents(4))
-  whole = dsir.count(documents)
-  a, b, c = (dsir.count(documents[i::3]) for i in range(3))
+  documents = _documents(4)
+  whole = _count(documents)
+  a, b, c = (_count(documents[i::3]) for i in range(3))
   for merged in (a.merge(b).merge(c), c.merge(a.merge(b))):
     np.testing.assert_array_equal(merged.ngrams, whole.ngrams)
     assert merged.documents == whole.documents == 30
@@ -99,26 +135,20 @@ def test_counts_of_shards_add_up_in_any_order():
 def test_unigram_weights_add_up_over_documents():
   """Bigrams cross the seam; words do not."""
   hasher = dsir.Hasher(order=1)
-  target, raw = dsir.count(_buckets(_documents(5), hasher)), dsir.count(
-    _buckets(_documents(6), hasher)
-  )  # fmt: skip
-  ratio = dsir.log_ratio(target, raw, smoothing=1.0)
-  first, second = (hasher(dsir.tokenize(text)) for text in _documents(7)[:2])
-  both = np.concatenate([first, second])
-  total = dsir.log_weight(first, ratio) + dsir.log_weight(second, ratio)
-  np.testing.assert_allclose(dsir.log_weight(both, ratio), total, rtol=1e-12)
+  ratio = dsir.log_ratio(hasher.count(_documents(5)), hasher.count(_documents(6)), smoothing=1.0)
+  first, second = _documents(7)[:2]
+  found = hasher.score([first, second, f'{first} {second}'], ratio)
+  np.testing.assert_allclose(found.log_weights[2], found.log_weights[:2].sum(), rtol=1e-12)
 
 
 def test_selecting_by_weight_comes_nearer_to_the_target():
   target, mixed = _documents(8, 60), _documents(8, 30) + _documents(9, 270)
-  hashed = _buckets(mixed)
-  goal, raw = dsir.count(_buckets(target)), dsir.count(hashed)
-  ratio = dsir.log_ratio(goal, raw)
-  weights = [dsir.log_weight(ids, ratio) for ids in hashed]
+  goal, raw = _count(target), _count(mixed)
+  weights = dsir.Hasher().score(mixed, dsir.log_ratio(goal, raw)).log_weights
   best = np.argsort(weights)[-30:]
   assert np.mean(best < 30) > 0.95
-  gain = dsir.kl_reduction([goal], raw, dsir.count(hashed[i] for i in best))
-  chance = dsir.kl_reduction([goal], raw, dsir.count(hashed[i] for i in range(30, 60)))
+  gain = dsir.kl_reduction([goal], raw, _count(mixed[i] for i in best))
+  chance = dsir.kl_reduction([goal], raw, _count(mixed[30:60]))
   assert gain > 0.3 > chance
 
 
@@ -130,7 +160,7 @@ def test_shares_of_several_targets():
 
 
 def test_errors():
-  counts, empty = dsir.count(_buckets(_documents(0))), dsir.Counts(np.zeros(10_000, np.int64))
+  counts, empty = _count(_documents(0)), dsir.Counts(np.zeros(10_000, np.int64))
   for call, message in (
     (lambda: dsir.log_ratio(empty, counts), 'target has no n-grams: the corpus is empty'),
     (lambda: dsir.log_ratio(counts, empty), 'raw has no n-grams'),
@@ -138,6 +168,8 @@ def test_errors():
     (lambda: dsir.log_ratio(counts, dsir.Counts(np.ones(3))), 'target has 10000 buckets, raw 3'),
     (lambda: counts.merge(dsir.Counts(np.ones(3))), 'do not add up'),
     (lambda: dsir.Hasher(order=0), 'order=0'),
+    (lambda: dsir.Hasher(buckets=1 << 17), 'buckets=131072'),
+    (lambda: dsir.Hasher().score(['a'], np.ones(3)), r'ratio has shape \(3,\)'),
     (lambda: dsir.kl_reduction([], counts, counts), 'targets is empty'),
     (lambda: dsir.kl_reduction([counts], counts, empty), 'selected has no n-grams'),
     (lambda: dsir.shares(3, {'a': empty}), 'no target has n-grams'),
