@@ -31,6 +31,7 @@ from jaxrw.valuation.retrieval import (
 )
 from jaxrw.valuation.sampled import (
   Estimate,
+  Utility,
   gradient_values,
   permutation_values,
   subset_values,
@@ -39,6 +40,7 @@ from jaxrw.valuation.sampled import (
 
 __all__ = [
   'Estimate',
+  'Utility',
   'all_utilities',
   'banzhaf_coefficients',
   'beta_coefficients',

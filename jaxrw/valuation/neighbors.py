@@ -77,8 +77,7 @@ def knn_shapley(
   def of_block(total, block):
     rows, own, real = block
     distance = squares - 2 * rows @ x.T  # up to a constant for each row
-    rank_of = jnp.broadcast_to(jnp.arange(number, dtype=jnp.int32), distance.shape)
-    _, order = jax.lax.sort((distance, rank_of), dimension=1, num_keys=1, is_stable=True)
+    order = _order(distance)
     right = (labels[order] == own[:, None]).astype(dtype)
     change = (right[:, :-1] - right[:, 1:]) * step
     from_end = jnp.cumsum(change[:, ::-1], axis=1)[:, ::-1]
@@ -94,3 +93,21 @@ def knn_shapley(
   cuts = cut(test_x), cut(test_labels), real.reshape(blocks, size)
   total, _ = jax.lax.scan(of_block, jnp.zeros(number, dtype), cuts)
   return total / len(test_x)
+
+
+def _order(distance: jax.Array) -> jax.Array:
+  """argsort of the rows, ties by position.
+
+  A float32 and its position make one integer of 64 bits, which XLA sorts four times as fast on a
+  CPU as a pair. They exist inside only, whatever `jax_enable_x64` says.
+  """
+  if distance.dtype != jnp.float32:
+    return jnp.argsort(distance, axis=1)  # stable
+  raw = jax.lax.bitcast_convert_type(jnp.where(distance == 0, 0, distance), jnp.uint32)
+  sign = jnp.uint32(1 << 31)
+  key = jnp.where(raw >= sign, ~raw, raw | sign)  # in the order of the floats
+  with jax.enable_x64(True):
+    place = jax.lax.broadcasted_iota(jnp.uint64, distance.shape, 1)
+    both = (jax.lax.convert_element_type(key, jnp.uint64) << jnp.uint64(32)) | place
+    both = jax.lax.sort(both, dimension=1, is_stable=False)
+    return jax.lax.convert_element_type(both & jnp.uint64(0xFFFFFFFF), jnp.int32)

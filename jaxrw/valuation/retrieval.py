@@ -41,7 +41,7 @@ def retrieval_gradient(
   utilities: jax.Array,
   neighbors: int,
   *,
-  chunk: int = 512,
+  chunk: int = 128,
 ) -> tuple[jax.Array, jax.Array]:
   """The expected utility of the top K, a mean over queries, and its derivative by every v.
 
@@ -155,7 +155,7 @@ def learn_importance(
   rate: float,
   steps: int,
   groups: jax.Array | None = None,
-  chunk: int = 512,
+  chunk: int = 128,
 ) -> jax.Array:
   """v by projected gradient ascent from 0.5: v <- clip(v + rate dF/dv, 0, 1).
 

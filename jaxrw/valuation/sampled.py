@@ -91,7 +91,7 @@ def permutation_values(
   Args:
     key: draws the orders.
     utility: (present float[n] of 0 and 1) -> number; must work under vmap. It is called for the
-      empty and the full set, too.
+      empty and the full set, too. Compiled once for each function object: define it once.
     players: n.
     permutations: orders to draw, > 0, at most.
     coefficients: float[n]. Default: Shapley.
@@ -141,7 +141,7 @@ def permutation_values(
   if antithetic:
     together += together % 2
   along = _compiled(utility, players, min(chunk, players))
-  ends = np.asarray(jax.jit(jax.vmap(utility))(jnp.stack([jnp.zeros(players), jnp.ones(players)])))
+  ends = np.asarray(_compiled_masks(utility)(jnp.stack([jnp.zeros(players), jnp.ones(players)])))
   _check_finite(ends)
   estimate = start or empty(players)
   estimate = estimate._replace(calls=estimate.calls + 2)
