@@ -311,6 +311,63 @@ def bpr(positive: jax.Array, negative: jax.Array) -> jax.Array:
   return jax.nn.softplus(negative.astype(wide) - positive.astype(wide))
 
 
+def distillation(
+  logits: jax.Array,
+  teacher: jax.Array,
+  labels: jax.Array,
+  *,
+  alpha: float,
+  temperature: float = 4.0,
+) -> jax.Array:
+  """(1 - alpha) CE(logits, label) + alpha temperature^2 KL(teacher || student), both softened.
+
+  A teacher trained on all data makes a pruned set nearly as good as all of it; the fewer examples
+  are kept, the larger should alpha be, and the less does it matter which. A teacher that has learned
+  wrong labels by heart hands them on: stop it early.
+
+  Args:
+    logits: float[..., V].
+    teacher: float[..., V], logits of the teacher, which get no gradient. A constant added to them
+      changes nothing.
+    labels: int[...].
+    alpha: in [0, 1]. 0 is cross entropy, 1 does not look at the labels; `1 - 0.5 * kept_share` is a
+      default to start from (ours).
+    temperature: > 0, of both softmaxes. Towards infinity the second term becomes
+      ||s - t||^2 / (2 V) of the centered logits.
+
+  Returns:
+    float32[...], one loss per label, never reduced.
+
+  Raises:
+    ValueError: an alpha outside [0, 1], a temperature <= 0, shapes that do not match.
+    TypeError: a traced alpha.
+
+  Example:
+    >>> import jax.numpy as jnp, jaxrw
+    >>> logits = jnp.array([[2.0, 0.0]])
+    >>> same = jaxrw.losses.distillation(logits, logits + 3, jnp.array([0]), alpha=1.0)
+    >>> abs(round(float(same[0]), 5))
+    0.0
+
+  Source: Hinton et al., 2015; its use on pruned data: Ben-Baruch et al., Distilling the Knowledge in
+    Data Pruning, ICML 2025 (arXiv 2403.07854), as recalled.
+  """
+  _check_number(alpha, 0, 1, 'alpha')
+  if isinstance(temperature, (int, float)) and not temperature > 0:
+    raise ValueError(f'temperature={temperature} must be greater than 0')
+  if teacher.shape != logits.shape:
+    raise ValueError(f'teacher has shape {teacher.shape}, logits {logits.shape}')
+  losses = cross_entropy(logits, labels)
+  if not alpha:
+    return losses
+  soft = lambda z: jax.nn.log_softmax(z.astype(losses.dtype) / temperature)
+  wanted = soft(jax.lax.stop_gradient(teacher))
+  apart = jnp.sum(
+    jnp.where(wanted > -jnp.inf, jnp.exp(wanted) * (wanted - soft(logits)), 0), axis=-1
+  )
+  return (1 - alpha) * losses + alpha * temperature**2 * apart
+
+
 def chunked_cross_entropy(
   hidden: jax.Array, table: jax.Array, labels: jax.Array, *, chunk: int
 ) -> jax.Array:

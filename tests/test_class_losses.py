@@ -108,6 +108,42 @@ def test_a_class_that_does_not_occur_is_never_predicted_in_training():
   np.testing.assert_allclose(pull(jnp.ones(1))[0], [[-0.5, 0.5, 0]], atol=1e-6)
 
 
+def test_distillation_is_its_formula():
+  rng = np.random.default_rng(5)
+  z, t = rng.normal(size=(5, 4)) * 2, rng.normal(size=(5, 4)) * 2
+  soft = lambda x: np.exp(x / 3) / np.exp(x / 3).sum(axis=1, keepdims=True)
+  apart = np.sum(soft(t) * np.log(soft(t) / soft(z)), axis=1)
+  expected = 0.3 * -np.log(_probabilities(z)) + 0.7 * 9 * apart
+  with jax.enable_x64(True):
+    found = losses.distillation(jnp.asarray(z), jnp.asarray(t), LABELS, alpha=0.7, temperature=3.0)
+  np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+def test_limits_of_distillation():
+  rng = np.random.default_rng(6)
+  z, t = (jnp.asarray(rng.normal(size=(5, 4))) for _ in range(2))
+  run = lambda z=z, t=t, labels=LABELS, alpha=1.0, **settings: losses.distillation(
+    z, t, labels, alpha=alpha, **settings
+  )
+  np.testing.assert_array_equal(run(alpha=0.0), losses.cross_entropy(z, LABELS))
+  np.testing.assert_array_equal(run(labels=LABELS[::-1]), run())
+  np.testing.assert_allclose(run(t=t + 5), run(), rtol=1e-4, atol=1e-5)
+  same = jax.grad(lambda z: jnp.sum(run(z=z, t=t)))(t)
+  np.testing.assert_allclose(same, np.zeros((5, 4)), atol=1e-5)
+  to_teacher = jax.grad(lambda t: jnp.sum(run(t=t)))(t)
+  np.testing.assert_array_equal(to_teacher, np.zeros((5, 4)))
+  with jax.enable_x64(True):
+    z64, t64 = np.float64(z), np.float64(t)
+    hot = run(z=jnp.asarray(z64), t=jnp.asarray(t64), temperature=1e4)
+    centered = lambda x: x - x.mean(axis=1, keepdims=True)
+    apart = np.sum((centered(z64) - centered(t64)) ** 2, axis=1) / 8
+    np.testing.assert_allclose(hot, apart, rtol=1e-3)
+  never = jnp.full((5, 4), -jnp.inf).at[:, 0].set(0.0)  # a sure teacher
+  value, pull = jax.vjp(lambda z: run(z=z, t=never), z)
+  assert np.all(np.isfinite(value))
+  assert np.all(np.isfinite(pull(jnp.ones(5))[0]))
+
+
 def test_errors():
   z = jnp.zeros((2, 3))
   labels = jnp.array([0, 1])
@@ -121,6 +157,9 @@ def test_errors():
     (lambda: losses.balanced_softmax(z, labels, [3, -1, 2]), 'must be at least 0 and finite'),
     (lambda: losses.logit_adjusted_cross_entropy(z, labels, jnp.zeros(3), np.nan), 'tau=nan must'),
     (lambda: losses.focal(z, labels, 1.0, jnp.ones(2)), r'alpha has shape \(2,\)'),
+    (lambda: losses.distillation(z, z, labels, alpha=1.5), r'alpha=1\.5 must be in \[0, 1\]'),
+    (lambda: losses.distillation(z, z[:1], labels, alpha=1), r'teacher has shape \(1, 3\)'),
+    (lambda: losses.distillation(z, z, labels, alpha=1, temperature=0), 'temperature=0 must be'),
   ):
     with pytest.raises(ValueError, match=message):
       call()
