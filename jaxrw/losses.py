@@ -322,8 +322,8 @@ def distillation(
   """(1 - alpha) CE(logits, label) + alpha temperature^2 KL(teacher || student), both softened.
 
   A teacher trained on all data makes a pruned set nearly as good as all of it; the fewer examples
-  are kept, the larger should alpha be, and the less does it matter which. A teacher that has learned
-  wrong labels by heart hands them on: stop it early.
+  are kept, the larger should alpha be, and the less does it matter which. A teacher that has
+  learned wrong labels by heart hands them on: stop it early.
 
   Args:
     logits: float[..., V].
@@ -349,8 +349,8 @@ def distillation(
     >>> abs(round(float(same[0]), 5))
     0.0
 
-  Source: Hinton et al., 2015; its use on pruned data: Ben-Baruch et al., Distilling the Knowledge in
-    Data Pruning, ICML 2025 (arXiv 2403.07854), as recalled.
+  Source: Hinton et al., 2015; its use on pruned data: Ben-Baruch et al., Distilling the Knowledge
+    in Data Pruning, ICML 2025 (arXiv 2403.07854), as recalled.
   """
   _check_number(alpha, 0, 1, 'alpha')
   if isinstance(temperature, (int, float)) and not temperature > 0:

@@ -246,8 +246,8 @@ def ranks_needed(
     utility: max |u|.
 
   Returns:
-    int32[N], 0 .. M. Cut all lists to the largest of them. The ranks are right for this v: as v falls,
-    more of them count.
+    int32[N], 0 .. M. Cut all lists to the largest of them. The ranks are right for this v: as v
+    falls, more of them count.
 
   Raises:
     ValueError: bad shapes or numbers.
