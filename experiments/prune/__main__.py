@@ -169,15 +169,22 @@ def draw(found: dict[str, Any], theme: Any) -> Any:
 
   figure = Figure(figsize=(8, 4.8), layout='constrained')
   ax = figure.subplots()
-  for i, (name, by) in enumerate(found['arms'].items()):
+  controls = [name for name in ('random', 'rs2', 'all data') if name in found['arms']]
+  index = 0
+  for name, by in found['arms'].items():
     x = [float(f) for f in by]
     pairs = [stats.paired(r['accuracy'], np.zeros(len(r['accuracy']))) for r in by.values()]
     y, half = np.array([(p.mean, p.high - p.mean) for p in pairs]).T
-    control = name in ('rs2', 'all data', 'random')
-    style = {'color': theme.ink, 'ls': '--'} if control else plots.style_of(i, theme)
-    marker = plots.marker_of(i)
-    ax.errorbar(x, y, half, marker=marker, ms=4, lw=1.4, capsize=2, label=name, **style)
+    if name in controls:
+      style = {'color': theme.ink, 'linestyle': ('-', '--', ':')[controls.index(name)]}
+    else:
+      index += 1 + ((index + 1) % plots.LINES_BEFORE_REPEAT == 0)  # the first color is the ink's
+      style = plots.style_of(index, theme)
+    ax.plot(x, y, lw=1.6, marker=plots.marker_of(index), ms=4, label=name, **style)
+    ax.errorbar(x, y, half, fmt='none', ecolor=style['color'], elinewidth=1, capsize=2)
   ax.set_xscale('log')
+  ax.set_xticks(x, [f'{100 * value:g}%' for value in x])
+  ax.set_xticks([], minor=True)
   ax.set_xlabel('share of the training set kept')
   ax.set_ylabel('test accuracy')
   ax.grid(True, alpha=0.3)
