@@ -63,11 +63,14 @@ def class_stats(
   weights = _checked(features, labels, num_classes, weights)
   member = jnp.where(labels[:, None] == jnp.arange(num_classes), weights[:, None], 0)
   counts = jnp.sum(member, axis=0)
-  clean = jnp.where(weights[:, None] != 0, features, 0)
-  means = masked.divide(member.T @ clean, counts[:, None])
+  # A broken row makes the statistics of its own class NaN, and of no other.
+  broken = ~jnp.all(jnp.isfinite(features), axis=1)
+  clean = jnp.where(broken[:, None], 0, features)
+  spoiled = jnp.where((member * broken[:, None]).sum(axis=0) > 0, jnp.nan, 0)[:, None]
+  means = masked.divide(member.T @ clean, counts[:, None]) + spoiled
 
   def covariance(own, mean):  # around the class's own mean: sums of squares would cancel
-    centered = clean - mean
+    centered = jnp.where(own[:, None] != 0, clean - mean, 0)
     return (own[:, None] * centered).T @ centered
 
   scatter = jax.vmap(covariance, in_axes=(1, 0))(member, means)
@@ -216,7 +219,7 @@ def sample_classes(
     (features float[C * per_class, D], labels int32[C * per_class]), class by class.
 
   Raises:
-    ValueError: fewer than 1 of each.
+    ValueError: fewer than 1 of each, a class without members.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -230,6 +233,10 @@ def sample_classes(
   """
   if per_class < 1:
     raise ValueError(f'per_class={per_class} must be at least 1')
+  if not isinstance(stats.counts, jax.core.Tracer) and not bool(jnp.all(stats.counts > 0)):
+    raise ValueError(
+      f'class {int(jnp.argmin(stats.counts))} has no members, so there is nothing to sample it by'
+    )
   number, width = stats.means.shape
   noise = jax.random.normal(key, (number, per_class, width), stats.means.dtype)
   roots = jnp.linalg.cholesky(stats.covariances)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -77,8 +76,8 @@ class Declaration:
   """What a public weighting promises; shown in the docs and held to by the contract tests.
 
   Attributes:
-    scale: 'normalized' keeps sum(base * w); 'absolute' has mean 1 in expectation only; 'signed' may
-      sum to 0.
+    scale: 'normalized' keeps sum(base * w); 'absolute' does not look at the batch's sum, and its
+      mean may be anything; 'signed' may sum to 0.
     level: 'example' gives all tokens of an example the same multiplier; 'entry' acts on `[B]` or
       `[B, T]` as is; 'token' needs `[B, T]`.
     provenance: 'paper', 'official_code', 'reconstructed' or 'ours'.
@@ -330,16 +329,26 @@ def check_groups(group_ids: jax.Array, num_groups: int, rows: int) -> jax.Array:
   return fine
 
 
+def number_of(value: Any) -> float | None:
+  """The value of a number, or of a concrete array of shape []; None for what has none yet: traced
+  values, schedules, arrays."""
+  if isinstance(value, (int, float, np.generic)):
+    return float(value)
+  if isinstance(value, jax.core.Tracer) or not isinstance(value, (jax.Array, np.ndarray)):
+    return None
+  return float(value) if value.ndim == 0 else None
+
+
 def check_positive(**values: Any) -> None:
-  """Holds hyperparameters to be numbers > 0; schedules, arrays and traced values pass unchecked.
+  """Holds hyperparameters to be numbers > 0; schedules, vectors and traced values pass unchecked.
 
   Raises:
     TypeError: for what is neither a number, an array nor a schedule.
     ValueError: for a number <= 0 or NaN.
   """
   for name, value in values.items():
-    if isinstance(value, (int, float)):
-      if math.isnan(value) or value <= 0:
+    if (number := number_of(value)) is not None:
+      if not number > 0:
         raise ValueError(f'{name}={value} must be greater than 0')
     elif not (callable(value) or isinstance(value, (jax.Array, np.ndarray, np.generic))):
       raise TypeError(f'{name}={value!r} must be a number')

@@ -362,10 +362,9 @@ def distillation(
     return losses
   soft = lambda z: jax.nn.log_softmax(z.astype(losses.dtype) / temperature)
   wanted = soft(jax.lax.stop_gradient(teacher))
-  apart = jnp.sum(
-    jnp.where(wanted > -jnp.inf, jnp.exp(wanted) * (wanted - soft(logits)), 0), axis=-1
-  )
-  return (1 - alpha) * losses + alpha * temperature**2 * apart
+  terms = jnp.exp(wanted) * (wanted - soft(logits))
+  apart = temperature**2 * jnp.sum(jnp.where(wanted == -jnp.inf, 0, terms), axis=-1)
+  return apart if alpha == 1 else (1 - alpha) * losses + alpha * apart
 
 
 def chunked_cross_entropy(

@@ -235,14 +235,18 @@ def _checked(x: Any, y: Any, num_levels: int, weights: Any) -> tuple[Any, Any, j
   weights = jnp.ones(y.shape) if weights is None else jnp.asarray(weights)
   if weights.shape != y.shape:
     raise ValueError(f'weights has shape {weights.shape}, y {y.shape}; expected the same')
+  known = not isinstance(weights, jax.core.Tracer)
+  if known and not bool(jnp.all((weights >= 0) & jnp.isfinite(weights))):
+    raise ValueError('weights must be at least 0 and finite')
   if not isinstance(y, jax.core.Tracer):
     levels: Any = np.asarray(y)
     check_range(levels, num_levels, 'y')
-    counts = np.bincount(levels + 1, minlength=num_levels + 1)
-    if counts[0]:
+    if np.any(levels < 0):
       raise ValueError(f'y holds -1; levels are 0 to {num_levels - 1}')
-    if not np.all(counts[1:]):
-      raise ValueError(f'y has no row of level {np.argmin(counts[1:])}')
+    used = levels[np.asarray(weights) > 0] if known else levels
+    counts = np.bincount(used, minlength=num_levels)
+    if not np.all(counts):
+      raise ValueError(f'y has no row of level {np.argmin(counts)} with a weight above 0')
   return x, y, weights
 
 

@@ -318,7 +318,8 @@ def bfloat16_losses(subject: Subject) -> None:
 
 
 def degenerate_batches(subject: Subject) -> None:
-  """One example, equal losses, nothing valid: defined, never NaN. A NaN loss is not hidden."""
+  """One example, equal losses, nothing valid: defined, never NaN. A NaN loss is not hidden, and
+  does not stay in the state."""
   full = lambda rows, value: jnp.full(subject.shape(rows), value, jnp.float32)
   one = subject.apply(full(1, 2.5), full(1, 1.0))[0]
   assert np.all(np.isfinite(one)), f'one example: {one}'
@@ -334,7 +335,10 @@ def degenerate_batches(subject: Subject) -> None:
   first = (0,) * losses.ndim
   for value in (jnp.nan, jnp.inf):
     broken = jnp.asarray(losses).at[first].set(value)
-    out, _ = subject.apply(broken, jnp.asarray(base))
+    out, state = subject.apply(broken, jnp.asarray(base))
+    for leaf, start in zip(jax.tree.leaves(state), jax.tree.leaves(subject.weighting.init())):
+      new = np.isnan(leaf) & ~np.isnan(start)  # NaN may mark an empty place
+      assert not np.any(new), f'a loss of {value} stays in the state: {leaf}'
     total = masked.total(
       broken, jnp.asarray(base) * out
     )  # as the train step does it: weight 0 leaves a row out

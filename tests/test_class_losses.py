@@ -144,6 +144,15 @@ def test_limits_of_distillation():
   assert np.all(np.isfinite(pull(jnp.ones(5))[0]))
 
 
+def test_a_broken_teacher_is_seen_and_labels_are_not_at_alpha_one():
+  z, broken = jnp.zeros((1, 3)), jnp.array([[jnp.nan, 0.0, 0.0]])
+  for alpha in (0.5, 1.0):
+    assert np.isnan(losses.distillation(z, broken, jnp.array([0]), alpha=alpha)[0])
+  never = jnp.array([[-jnp.inf, 0.0, 0.0]])
+  found = losses.distillation(never, never, jnp.array([0]), alpha=1.0)
+  np.testing.assert_array_equal(found, [0])
+
+
 def test_errors():
   z = jnp.zeros((2, 3))
   labels = jnp.array([0, 1])

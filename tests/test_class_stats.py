@@ -160,6 +160,19 @@ def test_balanced_samples_win_back_the_tail():
   assert calibrated > borrowed
 
 
+def test_a_broken_row_spoils_its_own_class_only():
+  x = jnp.array([[1.0, 0.0], [3.0, 2.0], [jnp.nan, 0.0], [5.0, 5.0], [7.0, 5.0]])
+  clean = stats_lib.class_stats(x[jnp.array([0, 1, 3, 4])], jnp.array([0, 0, 1, 1]), 2)
+  for label in (-1, 1):
+    found = stats_lib.class_stats(x, jnp.array([0, 0, label, 1, 1]), 2)
+    np.testing.assert_allclose(found.means[0], clean.means[0])
+    np.testing.assert_allclose(found.covariances[0], clean.covariances[0])
+    assert np.isnan(found.means[1]).all() == (label == 1)
+  alone = stats_lib.class_stats(x[:2], jnp.zeros(2, int), 2)
+  with pytest.raises(ValueError, match='class 1 has no members'):
+    stats_lib.sample_classes(jax.random.key(0), alone, 3)
+
+
 def test_errors():
   x, y = jnp.ones((4, 2)), jnp.zeros(4, int)
   stats = stats_lib.class_stats(x, y, 2)

@@ -306,3 +306,15 @@ def test_sharing_pays_where_few_slopes_differ(regime, share, size):
     'all': logistic < presto < odds,  # enough rare rows to learn from alone
   }
   assert expected[regime]
+
+
+def test_a_level_of_weight_zero_is_none():
+  """A fit without it would look converged, with all slopes at 0."""
+  x, y = np.random.default_rng(0).normal(size=(6, 2)), np.array([0, 0, 1, 1, 2, 2])
+  for weights, message in (
+    ([1, 1, 0, 0, 1, 1], 'y has no row of level 1 with a weight above 0'),
+    ([1, 1, -1, 1, 1, 1], 'weights must be at least 0 and finite'),
+    ([0] * 6, 'y has no row of level 0'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      ordinal.presto_fit(x, y, 3, penalty=0.1, weights=np.array(weights, float))

@@ -119,10 +119,7 @@ def descend(
       logits = forward(params, x, arm.cosine)
       losses = loss(logits, labels)
       seen = jax.lax.stop_gradient(logits)
-      norms = gradients.last_layer_grad_norms(seen, labels)
-      w, new = rw.update(
-        jnp.ones_like(losses), state, losses=losses, logits=seen, grad_norms=norms, **signals
-      )
+      w, new = rw.update(jnp.ones_like(losses), state, losses=losses, logits=seen, **signals)
       return jnp.mean(w * losses), new
 
     slope, state = jax.grad(objective, has_aux=True)(params)

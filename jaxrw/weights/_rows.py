@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrw import masked
+from jaxrw.core import number_of
 
 
 def fill_in(
@@ -65,10 +66,10 @@ def keep_top(
 
 
 def check_share(share: object) -> None:
-  """Holds a share that is a number to (0, 1]; schedules and arrays pass.
+  """Holds a share that is a number to (0, 1]; schedules, vectors and traced values pass.
 
   Raises:
     ValueError: a share outside (0, 1].
   """
-  if isinstance(share, (int, float)) and not 0 < share <= 1:
+  if (number := number_of(share)) is not None and not 0 < number <= 1:
     raise ValueError(f'share={share} must be in (0, 1]')

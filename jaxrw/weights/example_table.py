@@ -86,6 +86,9 @@ def hedge_weights(
   present = base > 0
   rows = jnp.where(example_ids < 0, size, example_ids)  # past the end: nothing read or written
   moves = jnp.where(present, rate * losses, 0).astype(logits.dtype)
+  # A broken loss is seen in its own weights and moves nothing.
+  sound = jnp.all(jnp.isfinite(moves), axis=1, keepdims=True)
+  moves = jnp.where(sound, moves, 0)
   z = logits.at[rows].add(moves, mode='drop').at[rows].get(mode='fill', fill_value=0)
   z = jnp.maximum(z - jnp.max(z, axis=1, keepdims=True), _LOWEST)
   logits = logits.at[rows].set(z, mode='drop')  # copies of an id write the same row
@@ -94,7 +97,7 @@ def hedge_weights(
   mass = jnp.sum(measure, axis=1, keepdims=True)
   own = tilt * masked.divide(mass, jnp.sum(measure * tilt, axis=1, keepdims=True))
   own = jnp.where(example_ids[:, None] == -1, 1, own)
-  return jnp.where(present, weights * jnp.where(fine, own, jnp.nan), 0), logits
+  return jnp.where(present, weights * jnp.where(fine & sound, own, jnp.nan), 0), logits
 
 
 @declare('normalized', 'token', 'ours', f'{_ADAWAC} for J terms; Freund and Schapire, Hedge, 1997')

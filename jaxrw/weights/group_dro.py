@@ -55,7 +55,8 @@ def group_dro_weights(
 
   Returns:
     (weights, log_q). Weights float32 (float64 for float64 losses), shape of the losses, 0 for
-    padding. A traced id outside -1 .. G - 1 makes its weight NaN.
+    padding. A traced id outside -1 .. G - 1 makes its weight NaN. A loss that is not finite makes
+    weights NaN and leaves log q as it was.
 
   Raises:
     IndexError: a concrete id out of range.
@@ -86,8 +87,10 @@ def group_dro_weights(
   mass, weighted = sums[:, 0], sums[:, 1]  # one collective for all groups and both columns
   present = mass > 0
   moved = log_q + rate * jnp.where(present, masked.divide(weighted, mass) + adjustment, 0)
-  log_q = jax.nn.log_softmax(moved).astype(log_q.dtype)
-  q = jnp.where(present, jnp.exp(log_q - masked.largest(log_q, present)), 0)  # the largest is 1
+  new = jax.nn.log_softmax(moved).astype(log_q.dtype)
+  q = jnp.where(present, jnp.exp(new - masked.largest(new, present)), 0)  # the largest is 1
+  # A broken loss is seen in this batch's weights and leaves no trace in q.
+  log_q = jnp.where(jnp.all(jnp.isfinite(jnp.where(present, weighted, 0))), new, log_q)
   per_group = masked.divide(q, mass) * masked.divide(jnp.sum(mass), jnp.sum(q))
   member = masked.membership(group_ids, log_q.size)
   factor = masked.of_groups(per_group.astype(losses.dtype), member)

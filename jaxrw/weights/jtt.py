@@ -87,7 +87,8 @@ def jtt(num_examples: int, upweight: float, until: int) -> Weighting:
     loss, example_base = masked.example_level(losses, base)
     valid = example_base > 0
     wrong = (jnp.argmax(logits, axis=-1) != labels) & (labels >= 0)
-    known = (step < until) & valid & (example_ids >= 0)
+    sound = jnp.all(jnp.isfinite(logits), axis=-1) & jnp.isfinite(jnp.where(valid, loss, 0))
+    known = (step < until) & valid & (example_ids >= 0) & sound
     rows = jnp.where(known, example_ids, errors.size)
     # Copies of an id in one batch: wrong if any was, whatever their order.
     errors = errors.at[rows].set(False, mode='drop').at[rows].max(wrong, mode='drop')

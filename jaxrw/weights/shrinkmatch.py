@@ -152,7 +152,9 @@ def shrinkmatch(threshold: float = 0.95, decay: float = 0.999) -> Weighting:
     number, share = jnp.sum(jnp.stack([valid, certain]).astype(jnp.float32), axis=1)
     now = masked.divide(share, number)
     followed = jnp.where(state.seen, decay * state.share + (1 - decay) * now, now)
-    state = CertainShare(jnp.where(number > 0, followed, state.share), state.seen | (number > 0))
+    # A broken prediction is no uncertain one.
+    counts = (number > 0) & ~jnp.any(jnp.isnan(p))
+    state = CertainShare(jnp.where(counts, followed, state.share), state.seen | counts)
     own = shrinkmatch_weights(p, state.share, threshold)
     # A broken prediction or loss must not pass for an uncertain one.
     own = own + 0 * jnp.where(base > 0, losses, 0) + 0 * jnp.sum(p, axis=1, keepdims=True)

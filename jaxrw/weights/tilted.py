@@ -186,8 +186,10 @@ def tilted_groups_weights(
   score = inner * (loss[:, None] - center)
   top = jnp.max(jnp.where(measure > 0, score, -jnp.inf), axis=0)
   top = jnp.where(mass > 0, top, 0)
-  log_mean = jnp.log(jnp.where(mass > 0, mean(jnp.exp(score - top)), 1)) + top
-  risk = center + (log_mean / inner if not isinstance(inner, (int, float)) or inner else 0)
+  # Of a small tilt, exp and log would leave the rounding errors only.
+  log_mean = jnp.log1p(mean(jnp.expm1(score - top))) + top
+  inner = jnp.asarray(inner, loss.dtype)
+  risk = center + jnp.where(inner == 0, 0, log_mean / jnp.where(inner == 0, 1, inner))
   q = jnp.where(mass > 0, jnp.exp(t * risk - masked.largest(t * risk, mass > 0)), 0)
   q = q * masked.divide(total, jnp.sum(mass * q))
   within = jnp.where(share > 0, jnp.exp(score - log_mean), 0)

@@ -95,14 +95,3 @@ def vertex_class_balance(
     return jnp.where(base > 0, weights * jnp.where(labels == -1, 1, own), 0)
 
   return stateless(update)
-
-
-def schedule_blend(epoch: int, epochs: int, limit: float = 0.3) -> float:
-  """limit * epoch / (epochs - 1), the official schedule of `blend`; the limit from the last on.
-
-  Example:
-    >>> from jaxrw.weights.vertex_class_balance import schedule_blend
-    >>> [round(schedule_blend(e, 4), 2) for e in range(5)], schedule_blend(0, 1)
-    ([0.0, 0.1, 0.2, 0.3, 0.3], 0.3)
-  """
-  return limit * min(epoch / (epochs - 1), 1) if epochs > 1 else limit

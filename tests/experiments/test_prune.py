@@ -92,7 +92,7 @@ def test_the_window_leaves_wrong_labels_out(noisy):
 
 def test_from_start_to_end(source):
   """All of the report's parts; a subset of everything is as good as everything."""
-  arms, fractions = ['random', 'random, distilled', 'rs2', 'all data'], [0.1, 1.0]
+  arms, fractions = ['random', 'random distilled', 'rs2', 'all data'], [0.1, 1.0]
   found = {'settings': SMALL._asdict(), 'arms': {}}
   for name, fraction, result, _ in study.run(source, SMALL, arms, fractions, 2):
     found['arms'].setdefault(name, {})[f'{fraction:g}'] = result._asdict()
@@ -104,8 +104,12 @@ def test_from_start_to_end(source):
   assert abs(arms['random']['1'] - arms['all data']['1']) < 0.03
   text = program.describe(found)
   assert 'minus random, points' in text
-  assert text.count('random, distilled') == 3
+  assert text.count('random distilled') == 3
   assert plots.draw_png(lambda: program.draw(found, plots.LIGHT), plots.LIGHT)[:4] == b'\x89PNG'
+
+
+def test_every_arm_can_be_named_on_the_command_line():
+  assert not [name for name in study.ARMS if ',' in name]
 
 
 def test_fractions_that_are_none():

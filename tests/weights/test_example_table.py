@@ -198,3 +198,12 @@ def test_a_sharded_table_is_updated_in_place_by_ids_of_any_device():
   assert table.sharding.is_equivalent_to(sharding, 2)
   np.testing.assert_allclose(out, w, rtol=1e-6)
   np.testing.assert_allclose(table, expected, rtol=1e-6)
+
+
+def test_a_broken_loss_leaves_its_row_as_it_was():
+  logits, ids = jnp.array([[0.0, -1.0], [0.0, -2.0], [0.0, 0.0]]), jnp.array([0, 1, 1])
+  losses = jnp.array([[1.0, 2.0], [jnp.nan, 1.0], [1.0, 1.0]])
+  w, after = jaxrw.hedge_weights(logits, ids, losses, rate=1.0)
+  np.testing.assert_allclose(after, [[0, 0], [0, -2], [0, 0]])
+  assert np.isfinite(w[::2]).all()
+  assert np.isnan(w[1]).all()

@@ -176,3 +176,13 @@ def test_all_groups_take_one_collective():
   step = jax.jit(jaxrw.group_dro_weights)
   found = compiled.costs(step.lower(*arguments).compile()).collectives
   assert [(c.kind, c.bytes, c.count) for c in found] == [('all-reduce', 5 * 2 * 4, 1)]
+
+
+def test_a_broken_loss_leaves_no_trace_in_q():
+  """One bad batch must not end the run: its weights are NaN, the next ones are not."""
+  rw, ids = jaxrw.group_dro(2, rate=0.5), jnp.array([0, 0, 1])
+  _, state = rw.update(jnp.ones(3), rw.init(), losses=jnp.array([1.0, 2.0, 3.0]), group_ids=ids)
+  for value in (jnp.nan, jnp.inf):
+    w, after = rw.update(jnp.ones(3), state, losses=jnp.array([1.0, value, 3.0]), group_ids=ids)
+    assert np.isnan(w).any()
+    np.testing.assert_array_equal(after, state)

@@ -119,3 +119,13 @@ def test_errors():
     jaxrw.tilted_weights(jnp.ones(2), float('inf'))
   with pytest.raises(ValueError, match='rate=0 must be'):
     jaxrw.tilted_stream(1.0, 0)
+
+
+def test_small_tilts_within_groups_go_to_none():
+  """log(mean(exp(inner l))) / inner by plain exp and log is rounding noise for inner = 1e-6."""
+  rng = np.random.default_rng(0)
+  losses, ids = jnp.asarray(rng.exponential(size=2000), jnp.float32), jnp.arange(2000) % 2
+  none = jaxrw.tilted_groups_weights(losses, ids, 2, t=5.0, inner=0.0)
+  for inner in (1e-7, 1e-6, 1e-5, jnp.array(0.0), np.float32(0)):
+    found = jaxrw.tilted_groups_weights(losses, ids, 2, t=5.0, inner=inner)
+    np.testing.assert_allclose(found, none, rtol=1e-3)
