@@ -178,7 +178,11 @@ VARIANTS = (
 )
 
 
-@pytest.mark.parametrize('promise', testing.PROMISES)
+@pytest.mark.parametrize(
+  'promise',
+  # The step itself is tested with a few weightings in test_steps.py and test_accumulation.py.
+  [pytest.param(p, marks=[pytest.mark.slow] if p == 'trains' else []) for p in testing.PROMISES],
+)
 @pytest.mark.parametrize(
   'name', [pytest.param(n, marks=[pytest.mark.slow] if n in VARIANTS else []) for n in CASES]
 )

@@ -263,6 +263,7 @@ def test_the_status_of_the_command_is_that_of_the_script(cloud):
   assert cloud.run('train.sh', RUN, 'python', '-c', on_one_host).returncode == 3
 
 
+@pytest.mark.slow
 def test_a_connection_that_drops_does_not_start_the_command_again(cloud):
   cloud.fail('look', 2)
   done = cloud.run('train.sh', RUN, *trainer(cloud.work, 10))

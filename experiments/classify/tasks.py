@@ -296,5 +296,5 @@ def rare_events(levels: int, **sizes: Any) -> Task:
   draw = functools.partial(draw_plain, **sizes)
   return Task(
     'rare_events', draw, rare, 'average precision', classes=2, groups=levels, hidden=0, steps=1000,
-    rates=(3e-3, 1e-2, 3e-2, 1e-1),
+    rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
   )  # fmt: skip

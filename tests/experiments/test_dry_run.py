@@ -201,6 +201,7 @@ def test_a_chip_whose_memory_is_known_is_compared(llama, monkeypatch):
 # The program ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_program_compiles_for_devices_that_are_not_here(config, tmp_path):
   """16 simulated devices on a machine that has fewer; and everything it counted as JSON."""
   output = tmp_path / 'counts.json'

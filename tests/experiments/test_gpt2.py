@@ -456,7 +456,10 @@ def check_signals(readings, signals):
 
 @pytest.mark.parametrize(
   'changes',
-  [{}, {'scan': False}, {'remat': 'full'}, {'scan': False, 'remat': 'full', 'loss_chunk': 3}],
+  [
+    {'scan': False, 'remat': 'full', 'loss_chunk': 3},
+    *(pytest.param(c, marks=pytest.mark.slow) for c in ({}, {'scan': False}, {'remat': 'full'})),
+  ],
 )
 def test_a_probe_reads_every_examples_gradient_and_changes_nothing(params, batch, signals, changes):
   directions, weights = signals[:2]

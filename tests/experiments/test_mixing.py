@@ -126,6 +126,7 @@ def test_eight_devices_draw_the_same_batches(finished, tmp_path):
   assert ids(tmp_path) == ids(workdir)
 
 
+@pytest.mark.slow
 def test_weighing_multiplies_by_p_over_q(make, tmp_path):
   """q is what data.mixture says; p starts to act in the step whose losses moved it."""
   config = make('group_dro:mode=weigh:rate=0.5')
@@ -153,6 +154,7 @@ def test_a_limit_of_epochs_ends_in_an_error_before_training(make, tmp_path):
   assert not (tmp_path / 'metrics.jsonl').exists()
 
 
+@pytest.mark.slow
 def test_nan_alignments_leave_the_mixture_as_it_was(make, tmp_path, monkeypatch):
   """The documented safe behaviour: one bad reading neither ends nor moves it."""
   read = domain_reader.DomainReader.__call__
@@ -398,6 +400,7 @@ def test_readings_are_the_inner_products_of_explicit_gradients(make):
   np.testing.assert_allclose(found['target_grad_norm'], jnp.linalg.norm(direction), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('num_domains', [7, 64])
 def test_alignment_with_all_domains_costs_one_gradient(num_domains):
   """Exact FLOPs of the matmuls: K inner products against one gradient of the same rows."""

@@ -119,6 +119,7 @@ def test_mistakes_are_one_line(config, arm, message):
   assert '\n' not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_selective_backward_reaches_the_step(config):
   common.set_arm(config, 'trimmed:share=0.5@keep.rows=4')
   config.w.loss.start = 0

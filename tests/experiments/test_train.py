@@ -270,6 +270,7 @@ def test_nonfinite_abort_names_the_examples_and_keeps_good_checkpoints(exploding
   assert 'Lower config.optim.lr' in ended['message']
 
 
+@pytest.mark.slow
 def test_nonfinite_skip_goes_on(exploding, tmp_path, monkeypatch):
   """Updates that are not finite are left out; parameters stay finite."""
   exploding.nonfinite = 'skip'

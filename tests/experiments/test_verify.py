@@ -184,6 +184,7 @@ def test_first_difference():
   assert differs(there[:2]) == ['m from step 3 on: step']
 
 
+@pytest.mark.slow
 def test_the_program(setup, tmp_path):
   """As a user calls it, on a run that the training program made."""
   corpus = setup[1].parent / 'text'

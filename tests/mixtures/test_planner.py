@@ -146,6 +146,7 @@ def test_equal_parts_of_the_rows_are_the_same_for_any_number_of_hosts():
     np.testing.assert_array_equal(np.concatenate(parts), plan.index)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**40), st.integers(1, 16), st.integers(1, 3))
 @settings(max_examples=40, deadline=None)
 def test_a_limit_of_epochs_is_kept_to_the_record_and_shared_out(seed, batch_size, max_epochs):
