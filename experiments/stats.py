@@ -85,3 +85,15 @@ def detectable_shift(n: int) -> float:
     return float(found.mean()) - POWER
 
   return float(optimize.brentq(shortfall, 0.0, 100.0))
+
+
+def auc(values: np.ndarray, positive: np.ndarray) -> float:
+  """How often one of the positive has the higher value; .5 is chance. Ties go by position.
+
+  Args:
+    values: f[n].
+    positive: bool[n], some True and some False.
+  """
+  ranks = np.argsort(np.argsort(values, kind='stable'), kind='stable') + 1
+  yes = int(positive.sum())
+  return float((ranks[positive].sum() - yes * (yes + 1) / 2) / (yes * (len(values) - yes)))

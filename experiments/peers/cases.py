@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import stats
 from experiments.errors import UserError
 from jaxrw import valuation
 from jaxrw.scores import dsir
@@ -176,11 +177,6 @@ def logistic_accuracy(x, y, test_x, test_y, present) -> jax.Array:
   return jnp.where(both, right, 0.0)
 
 
-def auc(values: np.ndarray, flipped: np.ndarray) -> float:
-  """How often a flipped point has the lower value."""
-  return float(np.mean(values[flipped][:, None] < values[~flipped]))
-
-
 # DSIR ---------------------------------------------------------------------------------------------
 
 
@@ -231,7 +227,7 @@ def lists_input(_: Path | None, queries: int = 20_000, sources: int = 100_000) -
 
 def lists_ours(a: dict[str, Any]) -> dict[str, Any]:
   presence = valuation.learn_importance(
-    jnp.asarray(a['ids']), jnp.asarray(a['utilities'], jnp.float32), a['sources'], a['neighbors'],
+    jnp.asarray(a['ids']), jnp.asarray(a['utilities'], float), a['sources'], a['neighbors'],
     rate=a['rate'], steps=a['steps'],
   )  # fmt: skip
   return {'values': presence}
@@ -241,13 +237,22 @@ def large_input(_: Path | None) -> dict[str, Any]:
   return lists_input(None, 1_000_000, 1_000_000) | {'steps': 10}
 
 
+def answer_type() -> str:
+  """float32, or float64 with JAX_ENABLE_X64=1."""
+  return str(jnp.zeros(()).dtype)
+
+
 def _largest(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
   return float(np.abs(ours['values'] - theirs['values']).max())
 
 
 CASES = {
   'knn_shapley': Case(
-    'pydvl', neighbors_input, neighbors_ours, _largest, lambda *_: 'float32 against float64'
+    'pydvl',
+    neighbors_input,
+    neighbors_ours,
+    _largest,
+    lambda *_: f'{answer_type()} against float64',
   ),
   'tmc_shapley': Case(
     'pydvl',
@@ -255,13 +260,14 @@ CASES = {
     points_ours,
     None,
     lambda a, answer, _: (
-      f'{int(answer["calls"])} fits, AUC of flipped {auc(answer["values"], a["flipped"]):.3f}; '
-      f'of the peer {auc(answer["peer"]["values"], a["flipped"]):.3f}'
+      f'{int(answer["calls"])} fits, AUC of flipped '
+      f'{stats.auc(-answer["values"], a["flipped"]):.3f}; '
+      f'of the peer {stats.auc(-answer["peer"]["values"], a["flipped"]):.3f}'
     ),
   ),
   'dsir': Case('data_selection', corpus_input, corpus_ours, _largest, corpus_note),
   'retrieval': Case(
-    'ragbooster', lists_input, lists_ours, _largest, lambda *_: 'float32 against float64'
+    'ragbooster', lists_input, lists_ours, _largest, lambda *_: f'{answer_type()} against float64'
   ),
   'retrieval_large': Case(None, large_input, lists_ours, None, lambda *_: '100M items, 10 steps'),
 }

@@ -15,9 +15,9 @@ Scores are the mean of five short runs. Each arm at each fraction chooses its le
 validation sets of two seeds; the accuracies are those of --seeds others, on the test set.
 Differences are paired by seed, with 95% intervals, to the random subset and to RS2.
 
-About three minutes on two CPU cores without files. Expect EL2N to win where half is kept and to
-lose to chance where a tenth is; easy and balanced to win at 3%; few arms to beat RS2 and the
-compressed schedule, which cost nothing to choose.
+About two minutes on two CPU cores without files. Expect EL2N to beat a fixed random subset where
+half is kept and to lose to it where a tenth is, and no arm to beat RS2 and the compressed schedule,
+which cost nothing to choose, unless labels are wrong.
 
 Writes result.json (settings, versions, every seed's number) and curves.png.
 """

@@ -197,12 +197,10 @@ class Arm(NamedTuple):
 
   Attributes:
     choose: (scores, labels, budget, rng) -> rows, or None for a control that sees all data.
-    about: for the table.
     distilled: trained with a teacher that saw all data.
   """
 
   choose: Callable[[dict[str, Any], np.ndarray, int, np.random.Generator], np.ndarray] | None
-  about: str
   distilled: bool = False
 
 
@@ -235,22 +233,22 @@ def _random(found, labels, budget, rng):
 
 def _stratified(found, labels, budget, rng):
   key = jax.random.key(int(rng.integers(1 << 31)))
-  return np.flatnonzero(selection.stratified(key, found['el2n'], budget, skip=0.1 * (
-    budget <= 0.9 * len(labels))))  # fmt: skip
+  skip = 0.1 if budget <= 0.9 * len(labels) else 0.0
+  return np.flatnonzero(selection.stratified(key, found['el2n'], budget, skip=skip))
 
 
 ARMS = {
-  'random': Arm(_random, 'a fixed random subset'),
-  'el2n high': Arm(_by('el2n', 'high'), 'the hardest'),
-  'el2n window': Arm(_by('el2n', 'high', 0.1), 'the hardest but for the top tenth'),
-  'el2n low balanced': Arm(_balanced('el2n', 'low'), 'the easiest, as many of each class'),
-  'grand high': Arm(_by('grand', 'high'), 'largest gradients of the last layer'),
-  'prototype far': Arm(_by('prototype', 'high'), 'far from the mean of the class'),
-  'prototype near': Arm(_by('prototype', 'low'), 'near the mean of the class'),
-  'stratified': Arm(_stratified, 'even over EL2N, without the top tenth'),
-  'random distilled': Arm(_random, 'a random subset, with a teacher of all data', True),
-  'rs2': Arm(None, 'control: a new random subset every round'),
-  'all data': Arm(None, 'control: all data on the compressed schedule'),
+  'random': Arm(_random),
+  'el2n high': Arm(_by('el2n', 'high')),
+  'el2n window': Arm(_by('el2n', 'high', 0.1)),  # without the hardest tenth
+  'el2n low balanced': Arm(_balanced('el2n', 'low')),
+  'grand high': Arm(_by('grand', 'high')),
+  'prototype far': Arm(_by('prototype', 'high')),
+  'prototype near': Arm(_by('prototype', 'low')),
+  'stratified': Arm(_stratified),
+  'random distilled': Arm(_random, distilled=True),
+  'rs2': Arm(None),  # controls: a new subset every round; all data, the schedule compressed
+  'all data': Arm(None),
 }
 
 
@@ -351,12 +349,6 @@ def noise_auc(source: Source, settings: Settings, seeds: int) -> dict[str, stats
   found = score(problems, settings, int(source.pool.y.max()) + 1)
   out = {}
   for name in found[0]:
-    values = [_auc(f[name], p.wrong) for f, p in zip(found, problems)]
+    values = [stats.auc(f[name], p.wrong) for f, p in zip(found, problems)]
     out[name] = stats.paired(values, np.zeros(len(values)))
   return out
-
-
-def _auc(value: np.ndarray, positive: np.ndarray) -> float:
-  ranks = np.argsort(np.argsort(value, kind='stable'), kind='stable') + 1
-  yes = positive.sum()
-  return float((ranks[positive].sum() - yes * (yes + 1) / 2) / (yes * (len(value) - yes)))

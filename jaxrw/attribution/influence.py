@@ -61,16 +61,10 @@ def hessian_solve(
 
   Source: Koh and Liang, ICML 2017; textbook form.
   """
-  check_positive(steps=steps, tolerance=tolerance)
   if not damping >= 0:
     raise ValueError(f'damping={damping} must be at least 0')
-
-  def product(v):
-    curved = jax.jvp(jax.grad(loss), (params,), (v,))[1]
-    return jax.tree.map(lambda h, x: h + damping * x, curved, v)
-
-  solved, _ = jax.scipy.sparse.linalg.cg(product, direction, maxiter=steps, tol=tolerance)
-  return solved
+  product = lambda v: jax.jvp(jax.grad(loss), (params,), (v,))[1]
+  return _solved(product, direction, damping, steps, tolerance)
 
 
 def gauss_newton_solve(
@@ -110,16 +104,21 @@ def gauss_newton_solve(
 
   Source: Schraudolph, 2002; textbook form.
   """
-  check_positive(damping=damping, steps=steps, tolerance=tolerance)
+  check_positive(damping=damping)
   out, pull = jax.vjp(outputs, params)
 
   def product(v):
     moved = jax.jvp(outputs, (params,), (v,))[1]
-    (curved,) = pull(jax.jvp(jax.grad(output_loss), (out,), (moved,))[1])
-    return jax.tree.map(lambda h, x: h + damping * x, curved, v)
+    return pull(jax.jvp(jax.grad(output_loss), (out,), (moved,))[1])[0]
 
-  solved, _ = jax.scipy.sparse.linalg.cg(product, direction, maxiter=steps, tol=tolerance)
-  return solved
+  return _solved(product, direction, damping, steps, tolerance)
+
+
+def _solved(product, direction, damping, steps, tolerance):
+  """(A + damping I)^-1 direction, A given by its product with a tree."""
+  check_positive(steps=steps, tolerance=tolerance)
+  damped = lambda v: jax.tree.map(lambda a, x: a + damping * x, product(v), v)
+  return jax.scipy.sparse.linalg.cg(damped, direction, maxiter=steps, tol=tolerance)[0]
 
 
 def influence(losses_of_params: Callable[[Any], jax.Array], params: Any, solved: Any) -> jax.Array:

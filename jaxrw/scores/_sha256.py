@@ -1,5 +1,5 @@
-"""SHA-256 of many short strings at once, modulo a number: the hashes of n-grams, ten times faster
-than one call for each.
+"""SHA-256 of many short strings at once, modulo a number: the hashes of n-grams, several times
+faster than one call for each.
 
 FIPS 180-4, for messages of one block (at most 55 bytes). The constants are the fractional parts of
 roots of the first primes.

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrw import gradients
+from jaxrw.attribution.influence import projected_gradients
 from jaxrw.core import check_positive
 
 
@@ -96,7 +97,7 @@ def grand_sketch(
 
   r_k ~ N(0, I), so that each square has the squared norm as its mean. The relative standard
   deviation of the mean is sqrt(2 / directions), a quarter for 32. All products with one direction
-  come from one forward-mode pass over the batch; the memory does not grow with their number.
+  come from one forward-mode pass over the batch: the norm of `attribution.projected_gradients`.
 
   Args:
     key: draws the directions.
@@ -122,14 +123,5 @@ def grand_sketch(
   Provenance: ours.
   """
   check_positive(directions=directions)
-  leaves, tree = jax.tree.flatten(params)
-
-  def add(total, key):
-    keys = jax.random.split(key, len(leaves))
-    drawn = [jax.random.normal(k, p.shape, p.dtype) for k, p in zip(keys, leaves)]
-    products = gradients.alignment(losses_of_params, params, tree.unflatten(drawn))
-    return total + products.astype(total.dtype) ** 2, None
-
-  start = jnp.zeros_like(jax.eval_shape(losses_of_params, params), jnp.float32)
-  total, _ = jax.lax.scan(add, start, jax.random.split(key, directions))
-  return jnp.sqrt(total / directions)
+  projected = projected_gradients(key, losses_of_params, params, directions)
+  return jnp.linalg.norm(projected, axis=1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import plots
+from experiments import plots, stats
 from experiments.errors import UserError
 from experiments.prune import __main__ as program
 from experiments.prune import study
@@ -60,14 +60,14 @@ def test_wrong_labels_have_high_scores(noisy):
   problems, found = noisy
   for p, f in zip(problems, found):
     for name in ('el2n', 'margin', 'grand'):
-      assert study._auc(f[name], p.wrong) > 0.85, name
+      assert stats.auc(f[name], p.wrong) > 0.85, name
 
 
 def test_auc_is_a_count_of_pairs():
   rng = np.random.default_rng(0)
   value, positive = rng.permutation(50), rng.random(50) < 0.3
   expected = np.mean(value[positive][:, None] > value[~positive])
-  np.testing.assert_allclose(study._auc(value, positive), expected)
+  np.testing.assert_allclose(stats.auc(value, positive), expected)
 
 
 @pytest.mark.parametrize('name', [n for n, arm in study.ARMS.items() if arm.choose])

@@ -24,10 +24,14 @@ def _loop(logits, labels):
 def test_a_numpy_loop(shape):
   logits, labels = _case(shape)
   p, y = _loop(logits, labels)
-  np.testing.assert_allclose(scores.el2n(logits, labels), np.linalg.norm(p - y, axis=-1), rtol=1e-4)
+  np.testing.assert_allclose(
+    scores.el2n(logits, labels), np.linalg.norm(p - y, axis=-1), rtol=1e-5, atol=1e-6
+  )
   for order in (1, 3, np.inf):
     expected = np.linalg.norm(p - y, ord=order, axis=-1)
-    np.testing.assert_allclose(scores.error_norm(logits, labels, order), expected, rtol=1e-4)
+    np.testing.assert_allclose(
+      scores.error_norm(logits, labels, order), expected, rtol=1e-5, atol=1e-6
+    )
   wrong = np.where(y > 0, -1, p).max(axis=-1)
   own = (p * y).sum(axis=-1)
   np.testing.assert_allclose(scores.margin_error(logits, labels), wrong - own, atol=1e-6)
