@@ -33,6 +33,7 @@ ALLOWED = {
   ('experiments/config.py', 'exec_module'),
   # Arrays only: allow_pickle=False.
   ('experiments/classify/sources.py', 'np.load'),
+  ('experiments/corpus_job.py', 'np.load'),
   ('experiments/peers/cases.py', 'np.load'),
   ('experiments/peers/workers/data_selection.py', 'np.load'),
   ('experiments/peers/workers/pydvl.py', 'np.load'),
