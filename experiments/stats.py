@@ -97,3 +97,10 @@ def auc(values: np.ndarray, positive: np.ndarray) -> float:
   ranks = np.argsort(np.argsort(values, kind='stable'), kind='stable') + 1
   yes = int(positive.sum())
   return float((ranks[positive].sum() - yes * (yes + 1) / 2) / (yes * (len(values) - yes)))
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+  """Spearman's, with mean ranks at ties; 0 where one side does not vary."""
+  if np.ptp(a) == 0 or np.ptp(b) == 0:
+    return 0.0
+  return float(stats.spearmanr(a, b).statistic)

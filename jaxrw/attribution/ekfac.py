@@ -85,7 +85,7 @@ def ekfac(
     {layer's name: Factors}.
 
   Raises:
-    ValueError: no batches; a layer called twice; a loss that is not finite.
+    ValueError: no batches; a layer called twice; concrete inputs or gradients that are not finite.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -129,7 +129,8 @@ def ekfac(
   total = _summed(moments(params, b, k) for b, k in zip(batches, keys))
   bases = {}
   for name, (aa, dd, number) in total.items():
-    if not bool(jnp.isfinite(aa).all() & jnp.isfinite(dd).all()):
+    finite = jnp.isfinite(aa).all() & jnp.isfinite(dd).all()
+    if not isinstance(finite, jax.core.Tracer) and not bool(finite):
       raise ValueError(f'inputs or gradients of layer {name!r} are not finite')
     bases[name] = jnp.linalg.eigh(aa / number)[1], jnp.linalg.eigh(dd / number)[1]
   total = _summed(diagonals(params, bases, b, k) for b, k in zip(batches, keys))
