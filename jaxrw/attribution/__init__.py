@@ -3,15 +3,16 @@
   | method                       | direction or derivative         | costs                         |
   |------------------------------|---------------------------------|-------------------------------|
   | tracin                       | gradient of the target          | 1 forward pass per checkpoint |
+  | lookahead                    | none: a step on each, tried out | 1 step, 1 evaluation each     |
   | in_run_direction             | the same in every step, order 2 | 1 to 2 gradients a step       |
   | hessian_, gauss_newton_solve | inverse curvature, exact        | 2 gradients per iteration     |
   | ekfac, ekfac_solve           | inverse curvature by layers     | 2 passes over the data        |
   | projected_gradients, trak    | kernel of random projections    | 1 forward pass per dimension  |
   | metagradient                 | the whole run, differentiated   | 3 to 4 training runs          |
 
-All but the last two end in `influence`: one forward-mode pass gives the products of all examples,
-or tokens, with the solved direction. Positive = helpful, everywhere; the scale is in each
-docstring.
+All but `lookahead` and the last two end in `influence`: one forward-mode pass gives the products of
+all examples, or tokens, with the solved direction. Positive = helpful, everywhere; the scale is in
+each docstring.
 """
 
 from jaxrw.attribution.ekfac import Factors, ekfac, ekfac_solve, layers
@@ -20,6 +21,7 @@ from jaxrw.attribution.influence import (
   hessian_solve,
   in_run_direction,
   influence,
+  lookahead,
   projected_gradients,
   tracin,
   trak,
@@ -38,6 +40,7 @@ __all__ = [
   'influence',
   'klom',
   'layers',
+  'lookahead',
   'match_loss',
   'metagradient',
   'mixed_grad',

@@ -194,6 +194,48 @@ def tracin(
   return total
 
 
+def lookahead(
+  step: Callable[[Any, Any], Any],
+  objective: Callable[[Any], jax.Array],
+  state: Any,
+  examples: Any,
+  *,
+  together: int = 16,
+) -> jax.Array:
+  """objective(state) - objective(step(state, example)): what a step on each example is worth.
+
+  No approximation, whatever the optimizer, and as dear as it looks: a step and an evaluation for
+  each example. `influence` along the gradient of the objective is its first order for SGD. Probe a
+  few hundred, and fit a scorer that reads the rest (MATES): see `experiments/stages`.
+
+  Args:
+    step: (state, example) -> state after one step on that example alone.
+    objective: state -> scalar, the loss of reference data.
+    state: parameters and whatever the optimizer keeps.
+    examples: a tree whose leaves have a leading axis N.
+    together: examples at a time.
+
+  Returns:
+    float[N], positive = helpful.
+
+  Raises:
+    ValueError: together <= 0.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from jaxrw import attribution
+    >>> step = lambda w, x: w - 0.5 * (w - x)
+    >>> attribution.lookahead(step, lambda w: (w - 1) ** 2, jnp.zeros(()), jnp.array([1.0, -1.0]))
+    Array([ 0.75, -1.25], dtype=float32)
+
+  Source: Yu et al., MATES, NeurIPS 2024 (arXiv 2406.06046), official code, which keeps the loss
+    after the step (lower = better).
+  """
+  check_positive(together=together)
+  before = objective(state)
+  return jax.lax.map(lambda e: before - objective(step(state, e)), examples, batch_size=together)
+
+
 def in_run_direction(
   target_loss: Callable[[Any], jax.Array],
   params: Any,

@@ -1,5 +1,7 @@
 """Influence against retrained models, solvers against dense inverses, kernels, in-run values."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,43 @@ def test_leaving_one_out_of_ridge_regression():
       )
       ends.append((w_i @ point - value) ** 2 / 2)
     np.testing.assert_allclose((ends[1] - ends[0]) / 2e-5, scores[i] / 60, rtol=1e-5, atol=1e-10)
+
+
+def _sgd_step(w, example, rate):
+  x, y = example
+  return w - rate * x * (x @ w - y)
+
+
+def test_lookahead_is_the_loss_after_each_step():
+  """Least squares by SGD, in closed form, any number at a time."""
+  x, y, *_ = _ridge()
+  w = np.random.default_rng(5).normal(size=4)
+  target = lambda w: np.mean((x[:9] @ w - y[:9]) ** 2) / 2
+  expected = [target(w) - target(w - 0.1 * x[i] * (x[i] @ w - y[i])) for i in range(60)]
+  with jax.enable_x64(True):
+    reference, values = jnp.asarray(x[:9]), jnp.asarray(y[:9])
+    for together in (1, 7, 60):
+      found = attribution.lookahead(
+        lambda w, e: _sgd_step(w, e, 0.1),
+        lambda w: jnp.mean((reference @ w - values) ** 2) / 2,
+        jnp.asarray(w), (jnp.asarray(x), jnp.asarray(y)), together=together,
+      )  # fmt: skip
+      np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_lookahead_is_influence_to_first_order():
+  x, y, _, losses, _ = _ridge()
+  w = np.random.default_rng(6).normal(size=4)
+  target = lambda w: jnp.mean(jnp.tanh(w) ** 2)
+  with jax.enable_x64(True):
+    w, data = jnp.asarray(w), (jnp.asarray(x), jnp.asarray(y))
+    first = np.asarray(attribution.influence(losses, w, jax.grad(target)(w)))
+    errors = []
+    for rate in (1e-3, 1e-4):
+      step = functools.partial(_sgd_step, rate=rate)
+      found = np.asarray(attribution.lookahead(step, target, w, data))
+      errors.append(np.abs(found - rate * first).max())
+  assert 50 < errors[0] / errors[1] < 200  # second order: a hundredth at a tenth of the rate
 
 
 def test_gauss_newton_is_the_dense_product():
