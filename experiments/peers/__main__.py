@@ -6,15 +6,18 @@
 
 Cases:
   knn_shapley   exact values of 2,000 examples by 500 test points      pyDVL 0.10.0
+  knn_shapley_slice   the same by 50 test points                       dattri 0.3.0
   tmc_shapley   80 points, logistic regression, 12 random orders       pyDVL 0.10.0
   dsir          hashed n-grams: counts, then log weights               data-selection 1.0.3
   retrieval     a gradient of 20,000 queries x 100 ranks, K = 20       ragbooster 0.1.1
+  ekfac         influence of 512 pieces of text in a small GPT         kronfluence 1.0.1
   retrieval_large   ten steps of 1,000,000 x 100 (100M items); ours alone, needs 3 GB
 
 A peer runs in a virtual environment of its own, under WORKDIR/environments, which is made when it
-is missing (a minute each; a few hundred MB). Its imports are not timed. Ours has two times:
-with compilation, and the second call. Ratios are to be believed on the machine and in the run they
-come from. Each in one process; three minutes on two CPU cores once the environments are there.
+is missing (a minute each; a few hundred MB, but 6 GB each for dattri and kronfluence, which bring
+torch). Its imports are not timed. Ours has two times: with compilation, and the second call. Ratios
+are to be believed on the machine and in the run they come from. Each in one process; five minutes
+on two CPU cores once the environments are there.
 
 Writes result.json (versions, all times, differences of the answers).
 """

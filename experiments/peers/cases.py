@@ -17,9 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs import lm
 from experiments import stats
+from experiments.data import readers
 from experiments.errors import UserError
-from jaxrw import valuation
+from experiments.value import text
+from jaxrw import attribution, valuation
 from jaxrw.scores import dsir
 
 WORKERS = Path(__file__).parent / 'workers'
@@ -28,6 +31,9 @@ REQUIREMENTS = {
   'pydvl': ['pydvl==0.10.0'],
   'data_selection': ['data-selection==1.0.3'],
   'ragbooster': ['--no-deps', 'ragbooster==0.1.1', 'numpy>=2,<3'],
+  # dattri does not declare torch, which it needs.
+  'dattri': ['dattri==0.3.0', 'torch==2.14.1'],
+  'kronfluence': ['kronfluence==1.0.1', 'torch==2.14.1'],
 }
 
 
@@ -125,6 +131,11 @@ def neighbors_ours(a: dict[str, Any]) -> dict[str, Any]:
   return {'values': values}
 
 
+def few_neighbors_input(_: Path | None) -> dict[str, Any]:
+  """A tenth of the test points: dattri's loops are in Python."""
+  return neighbors_input(_, m=50)
+
+
 # Truncated Monte Carlo ----------------------------------------------------------------------------
 
 
@@ -189,7 +200,7 @@ def documents(folder: Path) -> Iterator[str]:
       yield from (json.loads(line)['text'] for line in lines if line.strip())
 
 
-def corpus_input(folder: Path | None, megabytes: float = 4.0) -> dict[str, Any]:
+def corpus_input(folder: Path | None, megabytes: float = 4.2) -> dict[str, Any]:
   """Every so manyth document of the folder, or drawn ones with Zipf's law over 50,000 words."""
   if folder:
     texts = list(documents(folder))
@@ -237,6 +248,67 @@ def large_input(_: Path | None) -> dict[str, Any]:
   return lists_input(None, 1_000_000, 1_000_000) | {'steps': 10}
 
 
+# EK-FAC -------------------------------------------------------------------------------------------
+
+_GPT = text.Settings(width=64, heads=4, layers=2, length=48, examples=512, steps=96, batch=64)
+
+
+def gpt_input(_: Path | None, queries: int = 20) -> dict[str, Any]:
+  """A small GPT, trained for a minute on the embedded corpus, and pieces of text."""
+  data = text.read(readers.open_source(lm.get_config().data), _GPT)
+  trainer = text.Trainer(_GPT, data)
+  path = trainer.run(0, trainer.rows(0), jnp.ones(_GPT.examples))
+  leaves = jax.tree_util.tree_leaves_with_path(path)
+  params = {'/'.join(k.key for k in keys): np.asarray(leaf[-1]) for keys, leaf in leaves}
+  held = data.targets.reshape(-1, data.targets.shape[-1])
+  return params | {
+    'train': data.train, 'queries': held[:: len(held) // queries][:queries],
+    'heads': _GPT.heads, 'layers': _GPT.layers, 'batch': _GPT.batch,
+  }  # fmt: skip
+
+
+def gpt_ours(a: dict[str, Any]) -> dict[str, Any]:
+  params: dict[str, Any] = {}
+  for name, value in a.items():
+    *folders, leaf = name.split('/')
+    if folders or leaf in ('tokens', 'places'):
+      functools.reduce(lambda tree, key: tree.setdefault(key, {}), folders, params)[leaf] = value
+  params = jax.tree.map(lambda value: jnp.asarray(value, float), params)
+  tokens = jnp.asarray(a['train'])
+  batches = [
+    {'tokens': t, 'labels': t[:, 1:]} for t in jnp.split(tokens, len(tokens) // a['batch'])
+  ]
+  factors = attribution.ekfac(jax.random.key(0), gpt_forward, params, batches, labels='given')
+  return {'values': _pairs(factors, params, tokens, jnp.asarray(a['queries']))}
+
+
+def gpt_forward(params, layer, batch) -> jax.Array:
+  return text.forward(_GPT, params, layer, batch)
+
+
+@jax.jit
+def _pairs(factors, params, tokens, queries) -> jax.Array:
+  """Influence of every training piece on every query, float[M, n]; losses are sums over bytes."""
+  total = lambda p, t: _GPT.length * text.example_losses(_GPT, p, t)
+
+  def one(query):
+    slope = jax.grad(lambda p: total(p, query[None])[0])(params)
+    solved = attribution.ekfac_solve(factors, slope)
+    return attribution.influence(lambda p: total(p, tokens), params, solved)
+
+  return jax.lax.map(one, queries)
+
+
+def gpt_note(a: dict[str, Any], answer: dict[str, Any], seconds: float) -> str:
+  pairs = zip(answer['values'], answer['peer']['values'])
+  ranks = [stats.rank_correlation(one, other) for one, other in pairs]
+  return f'difference of the largest score; rank correlation {min(ranks):.5f} or more'
+
+
+def _relative(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+  return _largest(ours, theirs) / float(np.abs(theirs['values']).max())
+
+
 def answer_type() -> str:
   """float32, or float64 with JAX_ENABLE_X64=1."""
   return str(jnp.zeros(()).dtype)
@@ -254,6 +326,13 @@ CASES = {
     _largest,
     lambda *_: f'{answer_type()} against float64',
   ),
+  'knn_shapley_slice': Case(
+    'dattri',
+    few_neighbors_input,
+    neighbors_ours,
+    _largest,
+    lambda *_: f'{answer_type()} against float32',
+  ),
   'tmc_shapley': Case(
     'pydvl',
     points_input,
@@ -269,5 +348,6 @@ CASES = {
   'retrieval': Case(
     'ragbooster', lists_input, lists_ours, _largest, lambda *_: f'{answer_type()} against float64'
   ),
+  'ekfac': Case('kronfluence', gpt_input, gpt_ours, _relative, gpt_note),
   'retrieval_large': Case(None, large_input, lists_ours, None, lambda *_: '100M items, 10 steps'),
 }

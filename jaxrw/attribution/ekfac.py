@@ -22,6 +22,7 @@ The model says where its linear layers are by calling them through an argument:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -75,7 +76,7 @@ def ekfac(
   Args:
     key: draws labels.
     forward: (params, layer, batch) -> logits float[B, ..., V]; calls layer(name, x) once for each
-      linear layer, outside of scans.
+      linear layer, outside of scans. Compiled once for each function object: define it once.
     params: a tree of nested mappings.
     batches: a sequence (it is read twice) of mappings with what `forward` reads; `base` float[B,
       ...] is 0 at padding, default ones; `labels` int[B, ...] if they are given.
@@ -106,34 +107,15 @@ def ekfac(
   if labels not in ('sampled', 'given'):
     raise ValueError(f"labels={labels!r} must be 'sampled' or 'given'")
 
-  @jax.jit
-  def moments(params, batch, key):
-    sums = {}
-    for name, (a, d, valid) in _observed(forward, params, batch, key, labels).items():
-      a, d, valid = (x.reshape(-1, x.shape[-1]) for x in (a, d, valid[..., None]))
-      a = jnp.where(valid, a, 0)
-      sums[name] = (a.T @ a, d.T @ d, jnp.sum(valid))
-    return sums
-
-  @jax.jit
-  def diagonals(params, bases, batch, key):
-    sums = {}
-    for name, (a, d, _) in _observed(forward, params, batch, key, labels).items():
-      turned = a @ bases[name][0], d @ bases[name][1]
-      turned = (x.reshape(len(x), -1, x.shape[-1]) for x in turned)
-      each = jnp.einsum('btd,btp->bdp', *turned)
-      sums[name] = (jnp.sum(each**2, axis=0), jnp.asarray(len(a)))
-    return sums
-
   keys = jax.random.split(key, len(batches))
-  total = _summed(moments(params, b, k) for b, k in zip(batches, keys))
+  total = _summed(_moments(forward, labels, params, b, k) for b, k in zip(batches, keys))
   bases = {}
   for name, (aa, dd, number) in total.items():
     finite = jnp.isfinite(aa).all() & jnp.isfinite(dd).all()
     if not isinstance(finite, jax.core.Tracer) and not bool(finite):
       raise ValueError(f'inputs or gradients of layer {name!r} are not finite')
     bases[name] = jnp.linalg.eigh(aa / number)[1], jnp.linalg.eigh(dd / number)[1]
-  total = _summed(diagonals(params, bases, b, k) for b, k in zip(batches, keys))
+  total = _summed(_diagonals(forward, labels, params, bases, b, k) for b, k in zip(batches, keys))
   return {
     name: Factors(*bases[name], squares / number) for name, (squares, number) in total.items()
   }
@@ -182,6 +164,29 @@ def ekfac_solve(
     new = {'kernel': rows[:-1], 'bias': rows[-1]} if 'bias' in part else {'kernel': rows}
     solved = _replaced(solved, name.split('/'), new)
   return solved
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _moments(forward, labels, params, batch, key) -> dict[str, Any]:
+  """{name: (sum of a a^T, sum of d d^T, number of positions)}."""
+  sums = {}
+  for name, (a, d, valid) in _observed(forward, params, batch, key, labels).items():
+    a, d, valid = (x.reshape(-1, x.shape[-1]) for x in (a, d, valid[..., None]))
+    a = jnp.where(valid, a, 0)
+    sums[name] = (a.T @ a, d.T @ d, jnp.sum(valid))
+  return sums
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _diagonals(forward, labels, params, bases, batch, key) -> dict[str, Any]:
+  """{name: (sum over examples of squared gradients in the bases, number of examples)}."""
+  sums = {}
+  for name, (a, d, _) in _observed(forward, params, batch, key, labels).items():
+    turned = a @ bases[name][0], d @ bases[name][1]
+    turned = (x.reshape(len(x), -1, x.shape[-1]) for x in turned)
+    each = jnp.einsum('btd,btp->bdp', *turned)
+    sums[name] = (jnp.sum(each**2, axis=0), jnp.asarray(len(a)))
+  return sums
 
 
 def _observed(forward, params, batch, key, labels) -> dict[str, Any]:

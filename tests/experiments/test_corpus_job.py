@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -248,3 +249,15 @@ def test_archives_have_no_time_in_them(tmp_path):
   time.sleep(2.1)  # zip files count in steps of two seconds
   corpus_job.write_arrays(two, arrays)
   assert one.read_bytes() == two.read_bytes()
+
+
+def test_the_job_of_the_documentation_runs(tmp_path, monkeypatch):
+  page = Path(__file__).parents[2] / 'docs' / 'corpus_jobs.md'
+  (block,) = re.findall(r'```python\n(.*?)```', page.read_text(), re.S)
+  folder = tmp_path / 'my' / 'shards'
+  folder.mkdir(parents=True)
+  (folder / 'a.jsonl').write_text('1\n22\n')
+  monkeypatch.chdir(tmp_path)
+  scope = {'__name__': __name__}
+  exec(block, scope)
+  np.testing.assert_array_equal(np.flatnonzero(scope['found']['counts']), [2])  # 2 and 3 bytes

@@ -2,6 +2,8 @@
 
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -36,6 +38,9 @@ def test_our_sides_of_small_cases():
 
 WORKER = """
 import sys
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 name, given, taken = sys.argv[1:]
 with np.load(given, allow_pickle=False) as a:
@@ -75,3 +80,42 @@ def test_an_environment_that_cannot_be_installed_is_not_taken_for_one(tmp_path, 
 def test_a_folder_without_documents(tmp_path):
   with pytest.raises(UserError, match=r'has no \.jsonl or \.jsonl\.gz files'):
     cases.corpus_input(tmp_path)
+
+
+@pytest.mark.slow  # most of it compiles
+def test_influence_on_a_small_gpt_is_a_product_of_gradients(monkeypatch):
+  """<g_query, solved g_i> from explicit gradients, and the arrays that the peer's worker reads."""
+  from experiments.value import text
+  from jaxrw import attribution
+
+  tiny = text.Settings(
+    domains=2, examples=16, length=8, width=8, layers=1, heads=2, targets=1, target_size=2, steps=4,
+    batch=8,
+  )  # fmt: skip
+  monkeypatch.setattr(cases, '_GPT', tiny)
+  given = cases.gpt_input(None, queries=2)
+  assert {'tokens', 'places', 'head/kernel', 'head/bias', 'blocks/0/qkv/kernel'} <= set(given)
+  assert given['train'].shape == (16, 9)
+  assert given['queries'].shape == (2, 9)
+  found = np.asarray(cases.gpt_ours(given)['values'])
+  assert found.shape == (2, 16)
+  params = {
+    'tokens': given['tokens'], 'places': given['places'],
+    'head': {k: given[f'head/{k}'] for k in ('kernel', 'bias')},
+    'blocks': {'0': {
+      part: {k: given[f'blocks/0/{part}/{k}'] for k in ('kernel', 'bias')}
+      for part in ('qkv', 'out', 'up', 'down')
+    }},
+  }  # fmt: skip
+  params = jax.tree.map(jnp.asarray, params)
+  tokens = jnp.asarray(given['train'])
+  batches = [{'tokens': t, 'labels': t[:, 1:]} for t in jnp.split(tokens, 2)]
+  factors = attribution.ekfac(jax.random.key(0), cases.gpt_forward, params, batches, labels='given')
+  slope = jax.jit(jax.grad(lambda p, t: 8 * text.example_losses(tiny, p, t[None])[0]))
+  query = attribution.ekfac_solve(factors, slope(params, jnp.asarray(given['queries'][1])))
+  for i in (0, 7):
+    parts = zip(jax.tree.leaves(query), jax.tree.leaves(slope(params, tokens[i])))
+    product = sum(float(jnp.vdot(a, b)) for a, b in parts)
+    assert found[1, i] == pytest.approx(product, rel=1e-3, abs=1e-4 * float(np.abs(found).max()))
+  note = cases.gpt_note(given, {'values': found, 'peer': {'values': found}}, 1.0)
+  assert '1.00000 or more' in note
