@@ -83,20 +83,19 @@ class Task:
     except (UserError, OSError) as error:
       files.write_text(self._failed(name), f'{stamp}\n{error}')
       return False
-    write_arrays(self.part(name), {**found, _STAMP: np.array(stamp)})
+    files.write_arrays(self.part(name), {**found, _STAMP: np.array(stamp)})
     return True
 
   def done(self, name: str) -> bool:
     """Whether there are arrays of this shard as it is now, by this job."""
     try:
-      with np.load(self.part(name), allow_pickle=False) as found:
-        return str(found[_STAMP]) == self._stamp(name)
-    except Exception:  # zipfile, zlib and NumPy have a dozen
+      return str(files.read_arrays(self.part(name), [_STAMP])[_STAMP]) == self._stamp(name)
+    except UserError:  # not there, or damaged
       return False
 
   def arrays(self, name: str) -> Arrays:
     """What `map` gave; of a shard that is done."""
-    found = read_arrays(self.part(name))
+    found = files.read_arrays(self.part(name))
     del found[_STAMP]
     return found
 
@@ -305,7 +304,7 @@ def beam(options: Sequence[str] = ()) -> Executor:
 
     def kept(merged: Arrays | None) -> None:
       if merged is not None:
-        write_arrays(out, merged)
+        files.write_arrays(out, merged)
 
     out = Path(task.folder, 'merged.npz')
     out.unlink(missing_ok=True)
@@ -320,7 +319,7 @@ def beam(options: Sequence[str] = ()) -> Executor:
         | apache_beam.CombineGlobally(Merge())
         | apache_beam.Map(kept)
       )
-    return read_arrays(out) if out.exists() else None
+    return files.read_arrays(out) if out.exists() else None
 
   return execute
 
@@ -357,28 +356,6 @@ def _environment(**variables: str) -> Iterator[None]:
         del os.environ[key]
       else:
         os.environ[key] = value
-
-
-# Files --------------------------------------------------------------------------------------------
-
-
-def write_arrays(path: Path, arrays: Arrays) -> None:
-  """Replaces `path` by an archive of the arrays, whose bytes depend on nothing else."""
-  with files.replacing(path) as temporary, temporary.open('wb') as out:
-    np.savez(out, **arrays)
-
-
-def read_arrays(path: Path) -> Arrays:
-  """What `write_arrays` wrote.
-
-  Raises:
-    UserError: there is none, or it is damaged.
-  """
-  try:
-    with np.load(path, allow_pickle=False) as found:
-      return dict(found)
-  except Exception as error:  # zipfile, zlib and NumPy have a dozen
-    raise UserError(f'{path} cannot be read ({error}); delete it and start again') from error
 
 
 def digest(job: Any) -> str:

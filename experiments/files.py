@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,29 @@ def read_json(path: str | os.PathLike) -> Any:
     raise UserError(f'cannot read {path}: {e.strerror}') from e
   except (ValueError, RecursionError) as e:
     raise UserError(f'{path} is not valid JSON ({e}); delete it or restore it from a copy') from e
+
+
+def write_arrays(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
+  """Replaces `path` by an archive (npz) of arrays, whose bytes depend on nothing else."""
+  import numpy as np
+
+  with replacing(path) as temporary, temporary.open('wb') as out:
+    np.savez(out, **arrays)
+
+
+def read_arrays(path: str | os.PathLike, only: Sequence[str] | None = None) -> dict[str, Any]:
+  """Arrays of an archive; all of them, or some.
+
+  Raises:
+    UserError: there is none, it is damaged, or lacks one of them.
+  """
+  import numpy as np
+
+  try:
+    with np.load(path, allow_pickle=False) as found:
+      return {name: found[name] for name in (found.files if only is None else only)}
+  except Exception as e:  # zipfile, zlib and NumPy have a dozen
+    raise UserError(f'{path} cannot be read ({e}); delete it or restore it from a copy') from e
 
 
 def sha256(path: str | os.PathLike) -> str:

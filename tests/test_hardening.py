@@ -33,14 +33,13 @@ ALLOWED = {
   ('experiments/config.py', 'exec_module'),
   # Arrays only: allow_pickle=False.
   ('experiments/classify/sources.py', 'np.load'),
-  ('experiments/corpus_job.py', 'np.load'),
+  ('experiments/files.py', 'np.load'),
   ('experiments/peers/cases.py', 'np.load'),
   ('experiments/peers/workers/data_selection.py', 'np.load'),
   ('experiments/peers/workers/dattri.py', 'np.load'),
   ('experiments/peers/workers/kronfluence.py', 'np.load'),
   ('experiments/peers/workers/pydvl.py', 'np.load'),
   ('experiments/peers/workers/ragbooster.py', 'np.load'),
-  ('experiments/value/label_errors.py', 'np.load'),
   # The compiled module of an installed package, by itself.
   ('experiments/peers/workers/ragbooster.py', 'exec_module'),
 }

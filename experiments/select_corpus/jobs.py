@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from experiments import files
-from experiments.corpus_job import Arrays, read_arrays
+from experiments.corpus_job import Arrays
 from experiments.data import text_files
 from experiments.errors import UserError
 from jaxrw.scores import dsir
@@ -275,7 +275,7 @@ def noise(seed: int, which: int, shard: int, lines: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1)
 def _loaded(path: str) -> Arrays:
-  return read_arrays(Path(path))
+  return files.read_arrays(path)
 
 
 def _copies(path: str, shard: int, lines: np.ndarray) -> np.ndarray:

@@ -173,7 +173,7 @@ def _counts(merged: corpus_job.Arrays) -> dsir.Counts:
 
 
 def _written(path: Path, arrays: corpus_job.Arrays) -> Path:
-  corpus_job.write_arrays(path, arrays)
+  files.write_arrays(path, arrays)
   return path.absolute()
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import stats
+from experiments import files, stats
 from experiments.errors import UserError
 from jaxrw import losses, scores
 
@@ -40,11 +40,8 @@ def read(folder: Path, name: str) -> Labels:
     UserError: a file is missing or damaged.
   """
   arrays, votes = folder / f'{name}_test.npz', folder / f'{name}_mturk.json.gz'
-  try:
-    with np.load(arrays, allow_pickle=False) as found:
-      probabilities, given = found['probs'].astype(np.float64), found['given_label'].astype(int)
-  except Exception as error:  # zipfile, zlib and NumPy have a dozen
-    raise UserError(f'{arrays} cannot be read ({error}); it needs probs and given_label') from error
+  found = files.read_arrays(arrays, ['probs', 'given_label'])
+  probabilities, given = found['probs'].astype(np.float64), found['given_label'].astype(int)
   try:
     with gzip.open(votes, 'rt') as file:
       records = json.load(file)

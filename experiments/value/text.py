@@ -200,18 +200,18 @@ class Trainer:
 # Scores -------------------------------------------------------------------------------------------
 
 
-def _metagradient(trainer: Trainer, seed: int, rows, _) -> tuple[Callable, tuple]:
-  def one(rows, target):
-    objective = lambda state: example_losses(trainer.settings, state[0], target).mean()
-    _, slope = attribution.metagradient(
-      trainer.step, objective, trainer.start(seed), jnp.ones(rows.shape), trainer.tokens[rows]
-    )
-    return -attribution.add_up(slope, rows, len(trainer.tokens))
+def _metagradient(trainer: Trainer, seed: int, path) -> tuple[Callable, tuple]:
+  def run(start, rows, targets):
+    def one(target):
+      objective = lambda state: example_losses(trainer.settings, state[0], target).mean()
+      _, slope = attribution.metagradient(
+        trainer.step, objective, start, jnp.ones(rows.shape), trainer.tokens[rows]
+      )
+      return -attribution.add_up(slope, rows, len(trainer.tokens))
 
-  return lambda rows, targets: jax.lax.map(functools.partial(one, rows), targets), (
-    rows,
-    trainer.targets,
-  )
+    return jax.lax.map(one, targets)
+
+  return run, (trainer.start(seed), trainer.rows(seed), trainer.targets)
 
 
 def _solved(trainer: Trainer, params, solve: Callable[[Any], Any]) -> Callable[[jax.Array], Any]:
@@ -225,13 +225,13 @@ def _solved(trainer: Trainer, params, solve: Callable[[Any], Any]) -> Callable[[
   return one
 
 
-def _gradient(trainer: Trainer, seed: int, rows, path) -> tuple[Callable, tuple]:
+def _gradient(trainer: Trainer, seed: int, path) -> tuple[Callable, tuple]:
   last = jax.tree.map(lambda leaf: leaf[-1], path)
   run = lambda last, targets: jax.lax.map(_solved(trainer, last, lambda u: u), targets)
   return run, (last, trainer.targets)
 
 
-def _tracin(trainer: Trainer, seed: int, rows, path) -> tuple[Callable, tuple]:
+def _tracin(trainer: Trainer, seed: int, path) -> tuple[Callable, tuple]:
   def run(path, targets):
     points = [jax.tree.map(lambda leaf, i=i: leaf[i], path) for i in range(CHECKPOINTS)]
     losses = lambda p: example_losses(trainer.settings, p, trainer.tokens)
@@ -243,7 +243,7 @@ def _tracin(trainer: Trainer, seed: int, rows, path) -> tuple[Callable, tuple]:
   return run, (path, trainer.targets)
 
 
-def _trak(trainer: Trainer, seed: int, rows, path) -> tuple[Callable, tuple]:
+def _trak(trainer: Trainer, seed: int, path) -> tuple[Callable, tuple]:
   last = jax.tree.map(lambda leaf: leaf[-1], path)
   s = trainer.settings
 
@@ -266,18 +266,17 @@ def _trak(trainer: Trainer, seed: int, rows, path) -> tuple[Callable, tuple]:
   return run, (last, trainer.targets)
 
 
-def _ekfac(trainer: Trainer, seed: int, rows, path) -> tuple[Callable, tuple]:
+def _ekfac(trainer: Trainer, seed: int, path) -> tuple[Callable, tuple]:
   last, s = jax.tree.map(lambda leaf: leaf[-1], path), trainer.settings
 
-  def run(last, targets):
+  def run(key, last, targets):
     batches = [{'tokens': t} for t in jnp.split(trainer.tokens, s.examples // s.batch)]
-    factors = attribution.ekfac(
-      jax.random.key(seed), functools.partial(forward, s), last, batches
-    )  # labels drawn from the model
+    # Labels are drawn from the model.
+    factors = attribution.ekfac(key, functools.partial(forward, s), last, batches)
     solve = functools.partial(attribution.ekfac_solve, factors)
     return jax.lax.map(_solved(trainer, last, solve), targets)
 
-  return run, (last, trainer.targets)
+  return run, (jax.random.key(seed), last, trainer.targets)
 
 
 def overlap(data: Data, buckets: int = 4096) -> np.ndarray:
@@ -340,17 +339,25 @@ def retrained(trainer: Trainer, seed: int, show: Callable[[Any], Any] = iter) ->
 
 def scored(trainer: Trainer, seed: int, method: str) -> tuple[np.ndarray, float]:
   """(scores float[M, n], cost in matrix products of one training run)."""
-  rows = trainer.rows(seed)
   if method == 'overlap':
     return overlap(trainer.data), 0.0
   if method == 'same domain':
     same = trainer.data.target_domain[:, None] == trainer.data.domain
     return same.astype(float), 0.0
-  path = trainer.run(seed, rows, jnp.ones(len(trainer.tokens)))
-  function, arguments = PROGRAMS[method](trainer, seed, rows, path)
+  path = trainer.run(seed, trainer.rows(seed), jnp.ones(len(trainer.tokens)))
+  function, arguments = PROGRAMS[method](trainer, seed, path)
   program = jax.jit(function).lower(*arguments).compile()
   found = np.asarray(program(*arguments), np.float64)
   return found, compiled.costs(program).matmul_flops / run_flops(trainer)
+
+
+def one_seed(trainer: Trainer, seed: int, show: Callable[[Any], Any] = iter) -> dict[str, Any]:
+  """The truth, and scores and cost of every method, as arrays by name."""
+  out: dict[str, Any] = retrained(trainer, seed, show)._asdict()
+  for name in METHODS:
+    out[f'scores {name}'], cost = scored(trainer, seed, name)
+    out[f'cost {name}'] = np.array(cost)
+  return out
 
 
 @functools.lru_cache(maxsize=2)

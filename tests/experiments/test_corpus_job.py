@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from experiments import corpus_job
+from experiments import corpus_job, files
 from experiments.errors import UserError
 from tests.experiments.fake_slurm import Slurm
 
@@ -245,9 +245,9 @@ def test_digests_see_every_field(tmp_path):
 def test_archives_have_no_time_in_them(tmp_path):
   arrays = {'a': np.arange(5), 'b': np.array('text')}
   one, two = Path(tmp_path, 'one.npz'), Path(tmp_path, 'two.npz')
-  corpus_job.write_arrays(one, arrays)
+  files.write_arrays(one, arrays)
   time.sleep(2.1)  # zip files count in steps of two seconds
-  corpus_job.write_arrays(two, arrays)
+  files.write_arrays(two, arrays)
   assert one.read_bytes() == two.read_bytes()
 
 

@@ -280,7 +280,7 @@ def test_label_error_auc_is_that_of_all_pairs(tmp_path):
   ('damage', 'message'),
   [
     (lambda f: (f / 'mnist_test.npz').unlink(), 'mnist_test.npz cannot be read'),
-    (lambda f: (f / 'mnist_test.npz').write_bytes(b'no'), 'it needs probs'),
+    (lambda f: (f / 'mnist_test.npz').write_bytes(b'no'), 'mnist_test.npz cannot be read'),
     (lambda f: (f / 'mnist_mturk.json.gz').write_bytes(b'no'), 'it needs id'),
     (lambda f: write_labels(f, ids=(0, 1, 2, 50)), 'ids must be places'),
     (lambda f: write_labels(f, votes=(5, 5, 5, 5)), 'same verdict'),
