@@ -156,36 +156,39 @@ def run(job: Job, shards: Mapping[str, Path], folder: Path, executor: Executor) 
 
 
 def local(jobs: int = 0) -> Executor:
-  """`jobs` processes of this machine at a time; 0: as many as it has cores."""
+  """`jobs` processes of this machine at a time; 0: as many as it has cores.
+
+  They stay for the next job, with what they remember.
+  """
   jobs = jobs or os.cpu_count() or 1
+  pool: ProcessPoolExecutor | None = None
 
   def execute(task: Task, names: Sequence[str]) -> None:
+    nonlocal pool
     with _bar(task, len(names)) as bar:
       if min(jobs, len(names)) < 2:
         for name in names:
           task.run(name)
           bar.update()
         return
-      # Not forked: JAX has threads. On the host only: an accelerator belongs to one process.
-      with (
-        _environment(JAX_PLATFORMS='cpu'),
-        ProcessPoolExecutor(
-          min(jobs, len(names)), get_context('spawn'), initializer=_ignore_interrupts
-        ) as pool,
-      ):
-        futures = [pool.submit(task.run, name) for name in names]
-        try:
+      if pool is None:  # not forked: JAX has threads
+        pool = ProcessPoolExecutor(jobs, get_context('spawn'), initializer=_ignore_interrupts)
+      try:
+        # On the host only: an accelerator belongs to one process.
+        with _environment(JAX_PLATFORMS='cpu'):
+          futures = [pool.submit(task.run, name) for name in names]
           for future in as_completed(futures):
             future.result()
             bar.update()
-        except BrokenProcessPool as error:
+      except BaseException as error:
+        pool.shutdown(wait=False, cancel_futures=True)
+        pool = None
+        if isinstance(error, BrokenProcessPool):
           raise UserError(
             f'{task.job.name}: a worker died, perhaps of too little memory; the same command goes '
             'on with what is left, and --jobs=1 needs least'
           ) from error
-        except BaseException:
-          pool.shutdown(wait=False, cancel_futures=True)
-          raise
+        raise
 
   return execute
 
