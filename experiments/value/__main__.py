@@ -1,7 +1,7 @@
 """What are examples worth? Values and attributions against what training without them does.
 
   python -m experiments.value --workdir=runs/value --parts=shapley         digits, two minutes
-  python -m experiments.value --workdir=runs/value --parts=text            a small GPT, half an hour
+  python -m experiments.value --workdir=runs/value --parts=text            a small GPT, 40 minutes
   python -m experiments.value --workdir=runs/value --parts=labels --data=FOLDER
 
 shapley  100 examples of scikit-learn's digits, a fifth of them with a wrong label, softmax
@@ -18,8 +18,8 @@ labels   label errors in the test sets of MNIST and CIFAR-10, by cross-validated
          folder FOLDER/label_errors (those of cleanlab/label-errors).
 
 Intervals are of 95%, over --seeds (labels: over examples drawn anew). Expect Shapley values to find
-wrong labels, leave-one-out not to; metagradients to foretell the run they come from nearly
-perfectly where little is left out, and no run with another seed any better than the rest.
+wrong labels, leave-one-out not to; metagradients to foretell the run they come from well
+where little is left out, and runs with other seeds no better than EK-FAC does.
 
 Writes result.json, removal.png and foretold.png; of text also a file for each seed, with which the
 same command goes on after a kill.
