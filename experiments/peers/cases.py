@@ -289,14 +289,11 @@ def gpt_forward(params, layer, batch) -> jax.Array:
 @jax.jit
 def _pairs(factors, params, tokens, queries) -> jax.Array:
   """Influence of every training piece on every query, float[M, n]; losses are sums over bytes."""
-  total = lambda p, t: _GPT.length * text.example_losses(_GPT, p, t)
-
-  def one(query):
-    slope = jax.grad(lambda p: total(p, query[None])[0])(params)
-    solved = attribution.ekfac_solve(factors, slope)
-    return attribution.influence(lambda p: total(p, tokens), params, solved)
-
-  return jax.lax.map(one, queries)
+  total = lambda p, t: _GPT.length * text.example_losses(_GPT, p, t)[0]
+  slopes = jax.lax.map(lambda q: jax.grad(total)(params, q[None]), queries)
+  solved = jax.vmap(functools.partial(attribution.ekfac_solve, factors))(slopes)
+  batch = {'tokens': tokens, 'labels': tokens[:, 1:]}
+  return attribution.linear_products(gpt_forward, params, batch, solved)
 
 
 def gpt_note(a: dict[str, Any], answer: dict[str, Any], seconds: float) -> str:

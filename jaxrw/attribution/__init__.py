@@ -12,10 +12,10 @@
 
 All but `lookahead` and the last two end in `influence`: one forward-mode pass gives the products of
 all examples, or tokens, with the solved direction. Positive = helpful, everywhere; the scale is in
-each docstring.
+each docstring. `linear_products` does it for many directions at once.
 """
 
-from jaxrw.attribution.ekfac import Factors, ekfac, ekfac_solve, layers
+from jaxrw.attribution.ekfac import Factors, ekfac, ekfac_solve, layers, linear_products
 from jaxrw.attribution.influence import (
   gauss_newton_solve,
   hessian_solve,
@@ -40,6 +40,7 @@ __all__ = [
   'influence',
   'klom',
   'layers',
+  'linear_products',
   'lookahead',
   'match_loss',
   'metagradient',

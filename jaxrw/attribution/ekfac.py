@@ -166,6 +166,55 @@ def ekfac_solve(
   return solved
 
 
+def linear_products(
+  forward: Forward, params: Any, batch: Mapping[str, jax.Array], directions: Any
+) -> jax.Array:
+  """<g_i, v_q> of linear layers, of every example i with many directions q: `influence` for Q > 1.
+
+  A layer's gradient of an example is a sum over positions of a d^T, so that its product with V is
+  sum (a^T V) d: inputs and output gradients are computed once for all directions, and a direction
+  costs one product with each layer's matrix. Other parameters have no part, as in `ekfac`.
+
+  Args:
+    forward, params: as in `ekfac`.
+    batch: what `forward` reads, with `labels` and perhaps `base`; an example's loss is the sum over
+      its positions.
+    directions: a tree like `params` whose leaves have a leading axis Q, e.g.
+      `jax.vmap(partial(ekfac_solve, factors))` of the gradients of Q targets.
+
+  Returns:
+    float[Q, B], positive = helpful; see `influence` for the scale.
+
+  Raises:
+    ValueError: a layer called twice.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from jaxrw import attribution
+    >>> params = {'head': {'kernel': jnp.zeros((2, 2))}}
+    >>> forward = lambda params, layer, batch: layer('head', batch['x'])
+    >>> batch = {'x': jnp.eye(2), 'labels': jnp.array([0, 1])}
+    >>> directions = {'head': {'kernel': -jnp.eye(2)[None]}}
+    >>> attribution.linear_products(forward, params, batch, directions)
+    Array([[0.5, 0.5]], dtype=float32)
+
+  Source: how the package `kronfluence` computes pairwise scores; textbook form.
+  """
+  seen = _observed(forward, params, batch, jax.random.key(0), 'given')
+
+  def one(direction):
+    total = 0.0
+    for name, (a, d, _) in seen.items():
+      part = _at(direction, name)
+      matrix = part['kernel']
+      if 'bias' in part:
+        matrix = jnp.concatenate([matrix, part['bias'][None]])
+      total += jnp.sum((a @ matrix) * d, axis=tuple(range(1, a.ndim)))
+    return total
+
+  return jax.lax.map(one, directions)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _moments(forward, labels, params, batch, key) -> dict[str, Any]:
   """{name: (sum of a a^T, sum of d d^T, number of positions)}."""

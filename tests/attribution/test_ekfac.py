@@ -165,3 +165,32 @@ def test_errors():
   ):
     with pytest.raises(ValueError, match=message):
       call()
+
+
+@pytest.mark.parametrize('positions', [(), (3,)])
+def test_products_with_many_directions(positions):
+  """Against explicit gradients, and `influence` along each solved direction."""
+  with jax.enable_x64(True):
+    params, batch = _model(), _batch(n=12, positions=positions)
+    if positions:
+      batch['base'] = jnp.asarray(np.random.default_rng(4).integers(0, 2, (12, 3)) * 1.0)
+    rng = np.random.default_rng(5)
+    directions = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=(4, *p.shape))), params)
+    found = attribution.linear_products(forward, params, batch, directions)
+    expected = 0
+    for name, each in _example_gradients(params, batch).items():
+      v = directions[name]
+      rows = np.concatenate([v['kernel'], v['bias'][:, None]], axis=1)
+      expected = expected + np.einsum('qdp,bdp->qb', rows, each)
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+    factors = attribution.ekfac(jax.random.key(0), forward, params, [batch], labels='given')
+    solve = lambda v: attribution.ekfac_solve(factors, v, damping=0.1)
+    found = attribution.linear_products(forward, params, batch, jax.vmap(solve)(directions))
+
+    def losses(p):
+      each = cross_entropy(forward(p, attribution.layers(p), batch), batch['labels'])
+      return (batch.get('base', 1.0) * each).reshape(12, -1).sum(axis=1)
+
+    one = attribution.influence(losses, params, solve(jax.tree.map(lambda v: v[2], directions)))
+    np.testing.assert_allclose(found[2], one, rtol=1e-10, atol=1e-12)
