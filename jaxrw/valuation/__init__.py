@@ -28,6 +28,7 @@ from jaxrw.valuation.retrieval import (
   learn_importance,
   ranks_needed,
   retrieval_gradient,
+  streamed_importance,
 )
 from jaxrw.valuation.sampled import (
   Estimate,
@@ -56,6 +57,7 @@ __all__ = [
   'ranks_needed',
   'retrieval_gradient',
   'shapley_coefficients',
+  'streamed_importance',
   'subset_values',
   'unsettled',
 ]

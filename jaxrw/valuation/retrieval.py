@@ -25,6 +25,7 @@ costs O(M (K^2 + K E)) for E different utilities, which it rounds.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -184,23 +185,75 @@ def learn_importance(
 
   Source: official code of Lyu et al. (package `ragbooster`).
   """
+  return streamed_importance(
+    lambda: [(ids, utilities)], sources, neighbors,
+    rate=rate, steps=steps, groups=groups, chunk=chunk,
+  )  # fmt: skip
+
+
+def streamed_importance(
+  read: Callable[[], Iterable[tuple[jax.Array, jax.Array]]],
+  sources: int,
+  neighbors: int,
+  *,
+  rate: float,
+  steps: int,
+  groups: jax.Array | None = None,
+  chunk: int = 128,
+) -> jax.Array:
+  """`learn_importance` of queries in shards, of which one at a time is in memory.
+
+  Args:
+    read: () -> the shards (ids int[N_s, M_s], utilities float[N_s, M_s]), read once in every step.
+      Each shape is compiled for, so let most shards have the same.
+    sources, neighbors, rate, steps, groups, chunk: as there.
+
+  Returns:
+    float32[C] in [0, 1]; that of all shards together, but for rounding.
+
+  Raises:
+    IndexError: an id that is no source; names the shard.
+    ValueError: no shards, bad shapes or numbers, utilities that are not finite.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from jaxrw import valuation
+    >>> shards = [(jnp.array([[0, 1]]), jnp.array([[0.0, 1.0]])),
+    ...           (jnp.array([[0, 2]]), jnp.array([[0.0, 1.0]]))]
+    >>> valuation.streamed_importance(lambda: shards, 4, neighbors=1, rate=1.0, steps=5)
+    Array([0. , 1. , 1. , 0.5], dtype=float32)
+
+  Source: as `learn_importance`; a mean over queries is that of the shards' means, by their sizes.
+  """
   check_positive(rate=rate, steps=steps, sources=sources, chunk=chunk)
-  ids, utilities = jnp.asarray(ids), jnp.asarray(utilities)
-  presence = jnp.full(sources, 0.5, jnp.promote_types(jnp.float32, utilities.dtype))
+  if groups is not None and groups.shape != (sources,):
+    raise ValueError(f'groups have shape {groups.shape}; expected [{sources}], one for each source')
+  presence = jnp.full(sources, 0.5, jnp.float32)
+  for step in range(steps):
+    total, queries = 0.0, 0
+    for number, (ids, utilities) in enumerate(read()):
+      ids, utilities = jnp.asarray(ids), jnp.asarray(utilities)
+      if not step:
+        presence = presence.astype(jnp.promote_types(presence.dtype, utilities.dtype))
+        _check_shard(number, presence, ids, utilities, neighbors)
+      _, gradient = retrieval_gradient(presence, ids, utilities, neighbors, chunk=chunk)
+      total, queries = total + len(ids) * gradient, queries + len(ids)
+    if not queries:
+      raise ValueError('there are no queries: read() gives no shards')
+    presence = _moved(presence, total / queries, rate, groups)
+  return presence
+
+
+def _check_shard(number: int, presence, ids, utilities, neighbors: int) -> None:
   _check(presence, ids, utilities, neighbors)
+  sources = len(presence)
   if int(jnp.max(ids)) >= sources or int(jnp.min(ids)) < -1:
     raise IndexError(
       f'ids are {int(jnp.min(ids))} to {int(jnp.max(ids))}, but there are {sources} sources: 0 to '
-      f'{sources - 1}, or -1 for none'
+      f'{sources - 1}, or -1 for none (shard {number})'
     )
   if not bool(jnp.all(jnp.isfinite(jnp.where(ids >= 0, utilities, 0)))):
-    raise ValueError('utilities must be finite')
-  if groups is not None and groups.shape != (sources,):
-    raise ValueError(f'groups have shape {groups.shape}; expected [{sources}], one for each source')
-  for _ in range(steps):
-    _, gradient = retrieval_gradient(presence, ids, utilities, neighbors, chunk=chunk)
-    presence = _moved(presence, gradient, rate, groups)
-  return presence
+    raise ValueError(f'utilities must be finite (shard {number})')
 
 
 @jax.jit

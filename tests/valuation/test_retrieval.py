@@ -163,3 +163,32 @@ def test_errors():
   ):
     with pytest.raises(error, match=message):
       call()
+
+
+@pytest.mark.parametrize('cuts', [[3], [1, 2, 6], []])
+def test_shards_are_as_good_as_the_whole(cuts):
+  _, ids, u = _lists(3)
+  groups = jnp.array([0, 0, 1, 1, 1, -1, 2, 2, -1])
+  settings = dict(rate=3.0, steps=4, groups=groups)
+  reads = []
+
+  def read():
+    reads.append(1)
+    yield from zip(np.split(ids, cuts), np.split(u, cuts))
+
+  with jax.enable_x64(True):
+    whole = valuation.learn_importance(ids, u, 9, 2, **settings)
+    found = valuation.streamed_importance(read, 9, 2, **settings)
+  np.testing.assert_allclose(found, whole, rtol=1e-12, atol=1e-14)
+  assert len(reads) == 4
+
+
+def test_errors_of_shards():
+  _, ids, u = _lists(4)
+  run = lambda *shards: valuation.streamed_importance(lambda: shards, 9, 2, rate=1.0, steps=1)
+  with pytest.raises(ValueError, match='read\\(\\) gives no shards'):
+    run()
+  with pytest.raises(IndexError, match='shard 1'):
+    run((ids, u), (ids + 1, u))
+  with pytest.raises(ValueError, match='finite \\(shard 1\\)'):
+    run((ids, u), (ids, np.where(ids == 0, np.nan, u)))
