@@ -193,15 +193,12 @@ def local(jobs: int = 0) -> Executor:
   return execute
 
 
-def slurm(
-  jobs: int = 0, *, partition: str = '', minutes: int = 60, log_folder: Path | None = None
-) -> Executor:
+def slurm(jobs: int = 0, *, partition: str = '', minutes: int = 60) -> Executor:
   """An array of `jobs` jobs (0: one for each shard, at most 100), each with every jobs-th shard.
 
   Args:
     jobs: how many.
     partition, minutes: of each.
-    log_folder: of submitit's files; by default beside the results.
   """
 
   def execute(task: Task, names: Sequence[str]) -> None:
@@ -211,7 +208,7 @@ def slurm(
 
     count = min(jobs or 100, len(names))
     try:
-      executor = submitit.AutoExecutor(log_folder or Path(task.folder, 'submitit'), cluster='slurm')
+      executor = submitit.AutoExecutor(Path(task.folder, 'submitit'), cluster='slurm')
     except RuntimeError as error:
       raise UserError(f'--on=slurm: {error} Run it where sbatch and srun are found') from error
     executor.update_parameters(

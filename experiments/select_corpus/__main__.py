@@ -24,8 +24,8 @@ longer documents win: --per_ngram takes the mean over n-grams, with which --temp
 decides between chance and top-k. --duplicates=0.8 divides a document's chance by the number of its
 near duplicates (MinHash of word 5-grams, by datasketch).
 
-Writes OUT/result.json: counts, and the KL reduction, by which selections are compared untrained
-(the mean over targets of KL(target || raw) - KL(target || selection), in nats).
+Writes OUT/result.json: settings, counts, and the KL reduction, by which selections are compared
+untrained (the mean over targets of KL(target || raw) - KL(target || selection), in nats).
 """
 
 from __future__ import annotations
@@ -71,20 +71,21 @@ def main(_: list[str]) -> None:
 
 
 def held(out: Path, settings: dict[str, Any]) -> contextlib.AbstractContextManager:
-  """Checks that OUT is new or of the same settings; hosts share it, others may not."""
-  known = out / 'settings.json'
+  """Checks that OUT holds no other finished selection; hosts share it, others may not.
+
+  Unfinished work may go on with other settings: each pass knows what its parts were made of.
+  """
+  known = out / 'result.json'
   if known.exists():
-    before = files.read_json(known)
+    before = files.read_json(known).get('settings', {})
     for name, value in files.jsonable(settings).items():
       if before.get(name) != value:
         raise UserError(
           f'--out={out} holds a selection with --{name}={before.get(name)}, not {value}: choose '
           'another --out, or delete it'
         )
-  elif out.exists() and any(p for p in out.iterdir() if p.name != '.lock'):
+  elif out.exists() and not (out / 'work').exists() and any(out.iterdir()):
     raise UserError(f'--out={out} already holds something else; choose a new folder')
-  else:
-    files.write_json(known, settings)
   return contextlib.nullcontext() if FLAGS.on == 'host' else files.exclusive(out)
 
 
@@ -100,7 +101,7 @@ def executor() -> Any:
     index, slash, count = FLAGS.host.partition('/')
     if not slash or not index.isdecimal() or not count.isdecimal():
       raise UserError(f'--host={FLAGS.host!r}: must be i/n, this process and how many, as in 0/4')
-    return corpus_job.host(int(index), int(count))
+    return corpus_job.host(int(index), int(count), 60 * FLAGS.wait or float('inf'))
   return corpus_job.local(FLAGS.jobs)
 
 
@@ -132,6 +133,7 @@ if __name__ == '__main__':
   flags.DEFINE_enum('on', 'local', ['local', 'slurm', 'host', 'beam'], 'where to run')
   flags.DEFINE_integer('jobs', 0, 'at a time; 0: one for each core (slurm: for each shard, <= 100)')
   flags.DEFINE_string('host', '', 'with --on=host: i/n, this process of how many')
+  flags.DEFINE_float('wait', 0, 'minutes without news until other hosts count as dead; 0: never')
   flags.DEFINE_string('partition', '', "SLURM's")
   flags.DEFINE_integer('minutes', 60, 'of each SLURM job')
   flags.DEFINE_list('beam', [], "Beam's options; none: its local runner, in this process")

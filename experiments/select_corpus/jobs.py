@@ -46,7 +46,7 @@ class Count:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """The best documents for each target, and by chance, with every document's log weights.
+  """The best documents for each target, and as many by chance.
 
   Attributes:
     ratios: float64[T, m], log ratios of the targets.
@@ -81,7 +81,10 @@ class Score:
     scored = [hasher.score(texts, ratio) for ratio in self.ratios]
     kept = scored[0].words >= self.min_words
     ids, out = np.full(kept.sum(), shard, np.uint64), {}
-    copies = np.log(_copies(self.multiplicity, shard, lines)) if self.multiplicity else 0.0
+    copies = 0.0
+    if self.multiplicity:
+      sizes = _loaded(self.multiplicity, self.multiplicity_digest)
+      copies = np.log(_copies(sizes, shard, lines))
     for t, found in enumerate(scored):
       key = found.per_ngram(self.order) if self.per_ngram else found.log_weights
       if self.temperature:
@@ -123,7 +126,7 @@ class Write:
   name: ClassVar[str] = 'write'
 
   def map(self, name: str, path: Path) -> Arrays:
-    by_line = _chosen(self.chosen, shard_id(name))
+    by_line = _chosen(_loaded(self.chosen, self.chosen_digest), shard_id(name))
     kept: list[list[dict[str, Any]]] = [[] for _ in self.names]
     if by_line:
       for line, _, record in documents(path, self.text_key):
@@ -136,7 +139,7 @@ class Write:
       out[f'ngrams_{which}'] = hasher.count(texts).ngrams
       out[f'documents_{which}'] = np.array(len(texts))
       out[f'bytes_{which}'] = np.array(sum(len(t.encode('utf-8', 'replace')) for t in texts))
-      target = Path(self.out, 'train', label, f'{_stem(name)}.jsonl.gz')
+      target = written(Path(self.out), label, name)
       if records:
         write_jsonl(target, (r | {FIELD: label} for r in records))
       else:
@@ -223,9 +226,8 @@ def documents(path: Path, text_key: str) -> Iterator[tuple[int, str, dict[str, A
     yield number, record[text_key], record
 
 
-def write_jsonl(path: Path, records: Iterator[Mapping[str, Any]]) -> int:
-  """Replaces `path`, compressed without a time stamp; returns how many there were."""
-  count = 0
+def write_jsonl(path: Path, records: Iterator[Mapping[str, Any]]) -> None:
+  """Replaces `path`, compressed without a time stamp."""
   with (
     files.replacing(path) as temporary,
     temporary.open('wb') as raw,
@@ -233,12 +235,11 @@ def write_jsonl(path: Path, records: Iterator[Mapping[str, Any]]) -> int:
   ):
     for record in records:
       packed.write(json.dumps(record, ensure_ascii=False).encode('utf-8', 'surrogatepass') + b'\n')
-      count += 1
-  return count
 
 
-def _stem(name: str) -> str:
-  return name.partition('.jsonl')[0]
+def written(out: Path, selection: str, name: str) -> Path:
+  """Where the chosen documents of a shard go."""
+  return out / 'train' / selection / f'{name.partition(".jsonl")[0]}.jsonl.gz'
 
 
 @functools.lru_cache(maxsize=2)
@@ -274,13 +275,13 @@ def noise(seed: int, which: int, shard: int, lines: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(path: str) -> Arrays:
+def _loaded(path: str, digest: str) -> Arrays:
+  """The arrays of a file, read once for all shards; of another digest, again."""
   return files.read_arrays(path)
 
 
-def _copies(path: str, shard: int, lines: np.ndarray) -> np.ndarray:
+def _copies(found: Arrays, shard: int, lines: np.ndarray) -> np.ndarray:
   """Sizes of the groups that the documents of a shard are in."""
-  found = _loaded(path)
   low, high = (
     np.searchsorted(found['shard'], np.uint64(shard), side) for side in ('left', 'right')
   )
@@ -289,9 +290,9 @@ def _copies(path: str, shard: int, lines: np.ndarray) -> np.ndarray:
   return found['size'][low:high]
 
 
-def _chosen(path: str, shard: int) -> dict[int, list[int]]:
+def _chosen(found: Arrays, shard: int) -> dict[int, list[int]]:
   """{line: numbers of the selections} of a shard."""
-  found, out = _loaded(path), {}
+  out: dict[int, list[int]] = {}
   for which in range(int(found['selections'])):
     mine = found[f'shard_{which}'] == np.uint64(shard)
     for line in found[f'line_{which}'][mine].tolist():

@@ -116,11 +116,16 @@ def select(settings: Settings, executor: corpus_job.Executor) -> dict[str, Any]:
     key, _ORDER, _BUCKETS, str(chosen), files.sha256(chosen), tuple(choices), str(settings.out)
   )
   written = run(write, raw, 'write')
+  for name, choice in choices.items():
+    _check_written(settings.out, name, choice, raw)
   for split, groups in (('train', targets), ('validation', validation)):
     for name, over in groups.items():
       _copy(over, settings.out / split / f'{name}.jsonl.gz', name, key)
   of_targets = list(target_counts.values())
+  kept = dataclasses.asdict(settings)
+  del kept['out']
   result = {
+    'settings': kept,
     'raw': {'documents': raw_counts.documents, 'shards': len(raw)},
     'targets': {n: {'documents': c.documents} for n, c in target_counts.items()},
     'validation': list(validation),
@@ -175,6 +180,20 @@ def _counts(merged: corpus_job.Arrays) -> dsir.Counts:
 def _written(path: Path, arrays: corpus_job.Arrays) -> Path:
   files.write_arrays(path, arrays)
   return path.absolute()
+
+
+def _check_written(out: Path, name: str, choice: jobs.Choice, raw: Mapping[str, Path]) -> None:
+  """Removes shards of an earlier selection, of raw shards that have gone; none may be missing."""
+  chosen = set(choice.shard.tolist())
+  wanted = {jobs.written(out, name, shard) for shard in raw if jobs.shard_id(shard) in chosen}
+  there = set((out / 'train' / name).rglob('*.jsonl.gz'))
+  if missing := sorted(wanted - there):
+    raise UserError(
+      f'{missing[0]} was written and is missing: delete {out / "work" / "write"}, and the same '
+      'command writes it again'
+    )
+  for path in there - wanted:
+    path.unlink()
 
 
 def _copy(over: Mapping[str, Path], out: Path, name: str, text_key: str) -> None:

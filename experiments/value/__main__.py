@@ -105,7 +105,7 @@ def text(folder: Path) -> dict[str, Any]:
     )
     found = _kept(
       folder / 'text' / f'{seed}.npz',
-      f'{settings} {trainer.data.train.tobytes().hex()}',
+      f'{settings} {trainer.data.train.tolist()} {trainer.data.targets.tolist()}',
       lambda seed=seed, show=show: study.one_seed(trainer, seed, show),
     )
     truths.append(study.Truth(**{name: found[name] for name in study.Truth._fields}))

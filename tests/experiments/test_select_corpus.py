@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import threading
 from collections import Counter
 from pathlib import Path
@@ -351,8 +352,32 @@ def test_a_truncated_shard_stops_no_other_and_can_be_mended(corpus, tmp_path):
   damaged.write_bytes(whole)
   select(corpus, out, raw=str(raw))
   assert all(p.stat().st_mtime_ns == then for p, then in done.items())
-  select(corpus, tmp_path / 'fresh')
+  select(corpus, tmp_path / 'fresh', raw=str(raw))
   assert everything(out) == everything(tmp_path / 'fresh')
+
+
+def test_shards_of_raw_ones_that_have_gone_go_too(corpus, tmp_path):
+  raw = tmp_path / 'raw'
+  for path in (corpus / 'raw').rglob('*.gz'):
+    to = raw / path.relative_to(corpus / 'raw')
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_bytes(path.read_bytes())
+  select(corpus, tmp_path / 'out', raw=str(raw))
+  (raw / 'part1' / '3.jsonl.gz').unlink()
+  select(corpus, tmp_path / 'out', raw=str(raw))
+  select(corpus, tmp_path / 'fresh', raw=str(raw))
+  assert everything(tmp_path / 'out') == everything(tmp_path / 'fresh')
+
+
+def test_a_written_shard_that_is_missing_is_named(corpus, tmp_path):
+  select(corpus, tmp_path)
+  path = next((tmp_path / 'train' / 'dsir').rglob('*.gz'))
+  path.unlink()
+  with pytest.raises(UserError, match=re.escape(f'{path} was written and is missing')):
+    select(corpus, tmp_path)
+  shutil.rmtree(tmp_path / 'work' / 'write')
+  select(corpus, tmp_path)
+  assert path.exists()
 
 
 # The program --------------------------------------------------------------------------------------
@@ -368,6 +393,9 @@ def program(corpus, out, *more):
 
 def test_program(corpus, tmp_path):
   out, held = tmp_path / 'out', f'--validation=moon={corpus / "held.jsonl.gz"}'
+  refused = program(corpus, out, held, '--keep=1000')
+  assert refused.status == 2
+  assert 'asks for 1,000 of 205' in refused.stderr  # and may be asked for less
   done = program(corpus, out, held)
   assert done.status == 0, done.stderr
   assert 'KL reduction' in done.stdout
