@@ -13,7 +13,6 @@ import pytest
 
 from experiments import corpus_job, files
 from experiments.errors import UserError
-from tests.experiments.fake_slurm import Slurm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +67,6 @@ def parts(tmp_path):
   """{name: bytes} of what was kept of each shard."""
   folder = tmp_path / 'out'
   return {p.name: p.read_bytes() for p in folder.glob('*.npz') if p.name != 'merged.npz'}
-
-
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-  made = Slurm(tmp_path / 'slurm')
-  monkeypatch.setenv('PATH', made.path)
-  yield made
-  made.kill()
 
 
 def test_serial(tmp_path, shards):

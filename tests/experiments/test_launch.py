@@ -622,14 +622,6 @@ def test_a_run_that_is_told_before_it_can_listen_counts_as_stopped(tmp_path):
   assert (tmp_path / 'status').read_text() == '75'
 
 
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-  made = Slurm(tmp_path / 'slurm')
-  monkeypatch.setenv('PATH', made.path)
-  yield made
-  made.kill()
-
-
 def test_slurm_runs_an_array(slurm, sweep):
   runner = runners.Slurm(
     sweep.folder, trainer, jobs=1, partition='gpu', gpus=2, minutes=90, nodes=2, tasks_per_node=4,

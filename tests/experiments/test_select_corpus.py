@@ -20,7 +20,6 @@ from experiments.errors import UserError
 from experiments.select_corpus import jobs
 from experiments.select_corpus import run as selecting
 from jaxrw.scores import dsir
-from tests.experiments.fake_slurm import Slurm
 from tests.experiments.forked import run as run_program
 
 TOPICS = ('moon star orbit comet sun', 'flour sugar oven yeast salt', 'goal ball team coach win')
@@ -207,7 +206,7 @@ def test_records_keep_their_fields(corpus, tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['local', 'beam', 'hosts', 'slurm'])
-def test_every_executor_writes_the_same_bytes(corpus, tmp_path, kind, monkeypatch):
+def test_every_executor_writes_the_same_bytes(corpus, tmp_path, kind, request):
   select(corpus, tmp_path / 'serial', duplicates=0.8)
   out = tmp_path / 'other'
   given = settings(corpus, out, duplicates=0.8)
@@ -219,12 +218,8 @@ def test_every_executor_writes_the_same_bytes(corpus, tmp_path, kind, monkeypatc
     for thread in threads:
       thread.join()
   elif kind == 'slurm':
-    slurm = Slurm(tmp_path / 'slurm')
-    monkeypatch.setenv('PATH', slurm.path)
-    try:
-      selecting.select(given, corpus_job.slurm(2))
-    finally:
-      slurm.kill()
+    request.getfixturevalue('slurm')
+    selecting.select(given, corpus_job.slurm(2))
   else:
     if kind == 'beam':
       pytest.importorskip('apache_beam')
