@@ -202,7 +202,7 @@ ARMS = {
   'random': Arm('random'),
   'small loss': Arm('loss', temperature=False),
   'scorer': Arm('scorer'),
-  'scorer, top': Arm('scorer', temperature=False),
+  'scorer top': Arm('scorer', temperature=False),
   'frozen scorer': Arm('scorer', frozen=True),
   'first order': Arm('first order'),
   'oracle': Arm('oracle'),

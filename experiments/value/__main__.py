@@ -253,10 +253,13 @@ def draw_removal(found: Mapping[str, Any], theme: Any) -> Any:
   for ax, key, title in zip(
     axes, ('lowest_taken', 'highest_taken'), ('lowest values taken', 'highest values taken')
   ):
-    for i, (name, r) in enumerate(found['methods'].items()):
-      style = plots.style_of(i + 1, theme)
+    index = 0
+    for name, r in found['methods'].items():
       if name in ('random', 'training loss'):
         style = {'color': theme.ink, 'linestyle': ':' if name == 'random' else '--'}
+      else:
+        index += 1 + ((index + 1) % plots.LINES_BEFORE_REPEAT == 0)  # the first color is the ink's
+        style = plots.style_of(index, theme)
       y = [start, *np.mean(r[key], axis=0)]
       ax.plot([100 * v for v in x], y, lw=1.6, label=name, **style)
     ax.set_title(title)
@@ -273,24 +276,25 @@ def draw_foretold(found: Mapping[str, Any], theme: Any) -> Any:
 
   from experiments import plots, stats
 
-  figure = Figure(figsize=(9.5, 4.4), layout='constrained')
+  figure = Figure(figsize=(11, 4.4), layout='constrained')
   axes = figure.subplots(1, 2, sharey=True)
   for ax, kind, title in zip(axes, ('same_run', 'other_runs'), ('the same run', 'other seeds')):
     for i, (name, r) in enumerate(found['methods'].items()):
       style = plots.style_of(i + 1, theme)
-      x = [100 * float(share) for share in r[kind]]
+      x = [100 * float(share) * 1.02 ** (i - 3) for share in r[kind]]  # beside each other
       pairs = [stats.paired(v, np.zeros(len(v))) for v in r[kind].values()]
       y, half = np.array([(p.mean, p.high - p.mean) for p in pairs]).T
       ax.plot(x, y, lw=1.6, marker=plots.marker_of(i), ms=4, label=name, **style)
       ax.errorbar(x, y, half, fmt='none', ecolor=style['color'], elinewidth=1, capsize=2)
+    shares = [100 * share for share in found['settings']['left_out']]
     ax.set_xscale('log')
-    ax.set_xticks(x, [f'{v:g}' for v in x])
+    ax.set_xticks(shares, [f'{v:g}' for v in shares])
     ax.set_xticks([], minor=True)
     ax.set_title(title)
     ax.set_xlabel('% of the examples left out')
     ax.grid(True, alpha=0.3)
   axes[0].set_ylabel('rank correlation, foretold and actual')
-  axes[0].legend(frameon=False, fontsize=8)
+  figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right center', frameon=False)
   return figure
 
 
