@@ -16,3 +16,19 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   _cache = tempfile.TemporaryDirectory(prefix='jaxrw-test-cache-')
   os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
+
+
+_tests_run = 0
+
+
+def pytest_runtest_teardown() -> None:
+  """Frees compiled programs now and then: each takes several memory maps, of which Linux lets a
+  process have 65,530; beyond them it crashes."""
+  global _tests_run
+  _tests_run += 1
+  if _tests_run % 50 == 0 and os.path.exists('/proc/self/maps'):
+    with open('/proc/self/maps') as maps:
+      if sum(1 for _ in maps) > 20_000:
+        import jax
+
+        jax.clear_caches()

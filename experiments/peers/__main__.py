@@ -8,6 +8,7 @@ Cases:
   knn_shapley   exact values of 2,000 examples by 500 test points      pyDVL 0.10.0
   knn_shapley_slice   the same by 50 test points                       dattri 0.3.0
   tmc_shapley   80 points, logistic regression, 12 random orders       pyDVL 0.10.0
+  tmc_shapley_truncated   the same, an order given up near the end     pyDVL 0.10.0
   dsir          hashed n-grams: counts, then log weights               data-selection 1.0.3
   retrieval     a gradient of 20,000 queries x 100 ranks, K = 20       ragbooster 0.1.1
   ekfac         influence of 512 pieces of text in a small GPT         kronfluence 1.0.1

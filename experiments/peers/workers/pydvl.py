@@ -27,17 +27,29 @@ def tmc_shapley(a):
     ShapleyValuation,
     SupervisedScorer,
   )
+  from pydvl.valuation.samplers.truncation import NoTruncation, RelativeTruncation
   from sklearn.linear_model import LogisticRegression
+
+  class Counted(LogisticRegression):
+    fits = 0
+
+    def fit(self, *args, **kwargs):
+      Counted.fits += 1
+      return super().fit(*args, **kwargs)
 
   train, test = Dataset(a['x'], a['y']), Dataset(a['test_x'], a['test_y'])
   scorer = SupervisedScorer('accuracy', test, default=0.0, range=(0, 1))
-  utility = ModelUtility(LogisticRegression(), scorer, show_warnings=False)
-  sampler = PermutationSampler(seed=0)
+  utility = ModelUtility(Counted(), scorer, show_warnings=False)
+  truncation = RelativeTruncation(float(a['truncation'])) if a['truncation'] else NoTruncation()
+  sampler = PermutationSampler(truncation, seed=0)
   method = ShapleyValuation(utility, sampler, is_done=MinUpdates(int(a['permutations'])))
   begun = time.perf_counter()
   found = method.fit(train).result
   seconds = time.perf_counter() - begun
-  return {'values': in_order(found), 'seconds': seconds}
+  return {'values': in_order(found), 'seconds': seconds, 'calls': Counted.fits}
+
+
+tmc_shapley_truncated = tmc_shapley
 
 
 def in_order(result):
