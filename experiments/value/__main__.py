@@ -2,6 +2,7 @@
 
   python -m experiments.value --workdir=runs/value --parts=shapley         digits, two minutes
   python -m experiments.value --workdir=runs/value --parts=text            a small GPT, 40 minutes
+  python -m experiments.value --workdir=runs/value --parts=unlearn         digits, two minutes
   python -m experiments.value --workdir=runs/value --parts=labels --data=FOLDER
 
 shapley  100 examples of scikit-learn's digits, a fifth of them with a wrong label, softmax
@@ -14,15 +15,20 @@ text     a small GPT on 512 pieces of text of four domains (the embedded corpus,
          overlap of trigrams, and the same domain. The linear datamodeling score (LDS): rank
          correlation of the foretold with the actual rise of the target's loss, for the same run and
          for runs with other seeds; and the cost in training runs.
+unlearn  40 of 1,000 digits, random ones or neighbors, are to be forgotten by 100 small networks.
+         KLoM: how far the log odds of forgotten, kept and new examples are from those of 100
+         networks that were trained without; 100 more of these have 0.35. Gradient ascent,
+         fine-tuning, and outputs foretold by influence; settings are chosen on other forget sets.
 labels   label errors in the test sets of MNIST and CIFAR-10, by cross-validated probabilities, in a
          folder FOLDER/label_errors (those of cleanlab/label-errors).
 
 Intervals are of 95%, over --seeds (labels: over examples drawn anew). Expect Shapley values to find
 wrong labels, leave-one-out not to; metagradients to foretell the run they come from well
-where little is left out, and runs with other seeds no better than EK-FAC does.
+where little is left out, and runs with other seeds no better than EK-FAC does; influence to beat
+gradient ascent at forgetting.
 
-Writes result.json, removal.png and foretold.png; of text also a file for each seed, with which the
-same command goes on after a kill.
+Writes result.json, removal.png, foretold.png and forgotten.png; of text also a file for each seed,
+with which the same command goes on after a kill.
 """
 
 from __future__ import annotations
@@ -40,7 +46,7 @@ from experiments.classify.__main__ import chosen
 from experiments.errors import UserError
 
 FLAGS = flags.FLAGS
-PARTS = ('shapley', 'text', 'labels')
+PARTS = ('shapley', 'text', 'unlearn', 'labels')
 
 
 def main(_: list[str]) -> None:
@@ -58,7 +64,7 @@ def main(_: list[str]) -> None:
   known = folder / 'result.json'
   found = files.read_json(known) if known.exists() else {}
   found['versions'] = {'python': platform.python_version(), 'jax': jax.__version__}
-  runs = {'shapley': shapley, 'text': text, 'labels': labels}
+  runs = {'shapley': shapley, 'text': text, 'unlearn': unlearn, 'labels': labels}
   for part in parts:
     found[part] = runs[part](folder)
     files.write_json(known, found)
@@ -150,6 +156,26 @@ def _kept(path: Path, made_of: str, make: Callable[[], dict[str, Any]]) -> dict[
   return found
 
 
+def unlearn(folder: Path) -> dict[str, Any]:
+  from tqdm import tqdm
+
+  from experiments.classify import sources
+  from experiments.value import unlearn as study
+
+  source, settings = sources.digits(), study.Settings()
+  if FLAGS.quick:
+    settings = settings._replace(models=4, steps=20, steps_after=(2,), rates=(1e-4,), points=20)
+  out: dict[str, Any] = {'settings': settings._asdict(), 'kinds': {}}
+  for kind in study.KINDS:
+    show = lambda problems, kind=kind: tqdm(
+      problems, desc=f'training, {kind}', unit=' forget sets', disable=None
+    )
+    arms = study.study(source, settings, kind, FLAGS.seeds, show)
+    out['kinds'][kind] = {name: result._asdict() for name, result in arms}
+  _picture(folder / 'forgotten.png', lambda theme: draw_forgotten(out, theme))
+  return out
+
+
 def labels(folder: Path) -> dict[str, Any]:
   from experiments.value import label_errors as study
 
@@ -204,6 +230,22 @@ def describe_text(found: Mapping[str, Any]) -> str:
   )
 
 
+def describe_unlearn(found: Mapping[str, Any]) -> str:
+  from experiments.value import unlearn as study
+  from experiments.verdict import format_table
+
+  rows = []
+  for kind, arms in found['kinds'].items():
+    for i, (name, r) in enumerate(arms.items()):
+      mean, high = np.array(r['mean']), np.array(r['high'])
+      rows.append((
+        '' if i else kind, name, f'{r["cost"]:.2f}', *(interval(v, 2) for v in mean.T),
+        interval(high[:, 0], 2),
+      ))  # fmt: skip
+  head = ('', '', 'cost, runs', *study.POINTS, 'forgotten, 95th percentile')
+  return f'{format_table(head, rows)}\n\nKLoM; costs are gradients of examples, in training runs.'
+
+
 def describe_labels(found: Mapping[str, Any]) -> str:
   from experiments.verdict import format_table
 
@@ -219,7 +261,12 @@ def describe_labels(found: Mapping[str, Any]) -> str:
   return format_table(('', 'score', 'AUC, all', 'AUC, suspects', 'errors in first 100'), rows)
 
 
-TABLES = {'shapley': describe_shapley, 'text': describe_text, 'labels': describe_labels}
+TABLES = {
+  'shapley': describe_shapley,
+  'text': describe_text,
+  'unlearn': describe_unlearn,
+  'labels': describe_labels,
+}
 
 
 def interval(values: Sequence[float] | np.ndarray, digits: int) -> str:
@@ -298,9 +345,42 @@ def draw_foretold(found: Mapping[str, Any], theme: Any) -> Any:
   return figure
 
 
+def draw_forgotten(found: Mapping[str, Any], theme: Any) -> Any:
+  """Mean KLoM of forgotten, kept and new points, an arm a line, a kind of forget set a panel."""
+  from matplotlib.figure import Figure
+
+  from experiments import plots, stats
+  from experiments.value import unlearn as study
+
+  figure = Figure(figsize=(9.5, 3.8), layout='constrained')
+  panels = figure.subplots(1, len(found['kinds']), sharex=True, sharey=True)
+  for ax, (kind, arms) in zip(panels, found['kinds'].items()):
+    for i, part in enumerate(study.POINTS):
+      pairs = [
+        stats.paired(v, np.zeros(len(v)))
+        for v in (np.array(r['mean'])[:, i] for r in arms.values())
+      ]
+      half = [p.high - p.mean for p in pairs]
+      style = plots.style_of(i + 1, theme)
+      ax.errorbar(
+        [p.mean for p in pairs], np.arange(len(arms)) + 0.18 * (i - 1), xerr=half, ms=5, lw=1,
+        capsize=2, label=part, color=style['color'], fmt=plots.marker_of(i),
+      )  # fmt: skip
+    ax.set_xscale('log')
+    ax.set_xticks([0.2, 0.5, 1, 2, 5, 10], ['0.2', '0.5', '1', '2', '5', '10'])
+    ax.set_xticks([], minor=True)
+    ax.set_title(f'forget set: {kind}')
+    ax.set_xlabel('mean KLoM (less is better)')
+    ax.grid(True, axis='x', alpha=0.3)
+    ax.set_yticks(range(len(arms)), list(arms))
+  panels[0].invert_yaxis()
+  panels[-1].legend(frameon=False, fontsize=8)
+  return figure
+
+
 if __name__ == '__main__':
   flags.DEFINE_string('workdir', '', 'folder for result.json and the pictures')
-  flags.DEFINE_list('parts', ['shapley'], 'of shapley, text and labels, by comma')
+  flags.DEFINE_list('parts', ['shapley'], 'of shapley, text, unlearn and labels, by comma')
   flags.DEFINE_integer('seeds', 5, 'of everything that is drawn')
   flags.DEFINE_string('corpus', '', 'text for --parts=text, as for configs/lm.py; empty: embedded')
   flags.DEFINE_string('data', '', 'folder with label_errors/, for --parts=labels')

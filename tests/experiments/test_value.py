@@ -13,7 +13,7 @@ from experiments import plots, stats
 from experiments.data import readers
 from experiments.errors import UserError
 from experiments.value import __main__ as program
-from experiments.value import label_errors, players, text
+from experiments.value import label_errors, players, text, unlearn
 from jaxrw import attribution
 
 pytest.importorskip('sklearn')
@@ -245,6 +245,90 @@ def test_methods_give_every_player_a_value(game, method):
   assert fits >= 0
 
 
+# Unlearning ---------------------------------------------------------------------------------------
+
+FEW = unlearn.Settings(
+  train=120, forget=10, models=3, hidden=4, steps=20, batch=20, points=15, curve=120,
+  solver_steps=60, oracles=2, rates=(1e-3,), steps_after=(3,), dampings=(1e-2,),
+  match_rates=(1e-3,),
+)  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def forgetting(source):
+  return unlearn.problem(source, FEW, 'random', 0)
+
+
+@pytest.mark.parametrize('kind', unlearn.KINDS)
+def test_what_is_forgotten_and_what_is_kept(source, kind):
+  p = unlearn.problem(source, FEW, kind, 1)
+  forget, kept, match = (np.asarray(a) for a in (p.forget, p.kept, p.match))
+  assert sorted([*forget, *kept]) == list(range(120))
+  np.testing.assert_array_equal(match[:10], forget)
+  assert set(match[10:]) <= set(kept)
+  assert len(set(match)) == 40
+  x = np.asarray(p.x)
+  np.testing.assert_array_equal(p.points_x[:10], x[forget])
+  rows = {row.tobytes() for row in x[kept]}
+  assert all(np.asarray(row).tobytes() in rows for row in p.points_x[10:25])
+  assert not any(np.asarray(row).tobytes() in rows for row in p.points_x[25:])
+  other = unlearn.problem(source, FEW, kind, 2)
+  np.testing.assert_array_equal(p.x, other.x)
+  assert set(forget) != set(np.asarray(other.forget))
+  if kind == 'neighbors':
+    centers = [((x - x[c]) ** 2).sum(1) for c in forget]
+    assert any(set(np.argsort(d)[:10]) == set(forget) for d in centers)
+
+
+def test_weight_zero_is_as_if_it_were_not_there(forgetting):
+  """Other labels of what has weight 0 change no model."""
+  keys = jax.random.split(jax.random.key(0), 2)
+  weights = jnp.ones(120).at[forgetting.forget].set(0)
+  other = forgetting._replace(y=forgetting.y.at[forgetting.forget].set(0))
+  ours, same = (unlearn.trained(keys, p, weights, FEW) for p in (forgetting, other))
+  jax.tree.map(np.testing.assert_array_equal, ours, same)
+  assert float(jnp.abs(ours['out'][0] - ours['out'][1]).max()) > 0
+
+
+def test_outputs_foretold_are_those_of_a_dense_solution(forgetting):
+  """A linear model: the Gauss-Newton matrix is the Hessian, written out."""
+  p, damping = forgetting, 0.02
+  w = 0.3 * np.random.default_rng(0).normal(size=(64, 10))
+  crowd = {'out': jnp.asarray(w, jnp.float32)[None], 'out_bias': jnp.zeros((1, 10))}
+  x = np.concatenate([np.asarray(p.x, np.float64), np.ones((120, 1))], axis=1)
+  z = x[:, :64] @ w
+  soft = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+  curve = np.asarray(p.curve)
+  matrix = damping * np.eye(650)
+  for i in curve:
+    matrix += np.kron(np.outer(x[i], x[i]), np.diag(soft[i]) - np.outer(soft[i], soft[i])) / len(
+      curve
+    )
+  forget = np.asarray(p.forget)
+  slope = x[forget].T @ (soft - np.eye(10)[np.asarray(p.y)])[forget]
+  moved = (np.linalg.solve(matrix, slope.reshape(-1)) / 120).reshape(65, 10)
+  found = unlearn.foretold(crowd, p, p.x[:5], damping, FEW)
+  np.testing.assert_allclose(found[0], z[:5] + x[:5] @ moved, rtol=2e-3, atol=2e-3)
+
+
+def test_arms_forget(source):
+  """Each arm gives one divergence for each kind of point, and its price."""
+  found = dict(unlearn.study(source, FEW._replace(train=100, curve=20), 'random', 2))
+  assert list(found) == list(unlearn.ARMS)
+  for name, r in found.items():
+    assert np.shape(r.mean) == np.shape(r.high) == (2, 3)
+    assert np.isfinite(r.mean).all()
+    assert (r.cost == 0) == (name == 'nothing done')
+  assert found['retrained'].cost == 1
+  assert found['gradient ascent'].cost == pytest.approx(3 * 10 / (20 * 20))
+
+
+def test_arms_choose_among_as_many_settings():
+  numbers = {name: len(unlearn.settings_of(name, unlearn.Settings())) for name in unlearn.ARMS}
+  assert set(numbers.values()) == {1, 5, 10}
+  assert [name for name, n in numbers.items() if n == 1] == ['retrained', 'nothing done']
+
+
 # Label errors -------------------------------------------------------------------------------------
 
 
@@ -311,6 +395,10 @@ def test_tables_and_pictures():
   found = {'settings': {'taken': [0.1, 0.2]}, 'all': [0.7, 0.7], 'methods': {'x': result._asdict()}}
   assert '0.850 ±0.635' in program.describe_shapley(found)
   assert plots.draw_png(lambda: program.draw_removal(found, plots.LIGHT), plots.LIGHT)
+  result = unlearn.Result({}, 0.25, [[0.5, 0.4, 0.3], [0.6, 0.4, 0.3]], [[1.0, 1.0, 1.0]] * 2)
+  found = {'kinds': {kind: {'some arm': result._asdict()} for kind in unlearn.KINDS}}
+  assert '0.55 ±0.64' in program.describe_unlearn(found)
+  assert plots.draw_png(lambda: program.draw_forgotten(found, plots.LIGHT), plots.LIGHT)
 
 
 @pytest.mark.slow  # two minutes, nearly all of them compilation
@@ -318,11 +406,11 @@ def test_program(tmp_path):
   from tests.experiments.forked import run
 
   done = run(
-    'experiments.value', '--workdir=out', '--parts=shapley,text', '--quick', '--seeds=2',
+    'experiments.value', '--workdir=out', '--parts=shapley,text,unlearn', '--quick', '--seeds=2',
     folder=tmp_path,
   )  # fmt: skip
   assert done.status == 0, done.stderr
-  assert {'result.json', 'removal.png', 'foretold.png'} <= {
+  assert {'result.json', 'removal.png', 'foretold.png', 'forgotten.png'} <= {
     p.name for p in (tmp_path / 'out').iterdir()
   }
 
