@@ -10,6 +10,7 @@ Cases:
   tmc_shapley   80 points, logistic regression, 12 random orders       pyDVL 0.10.0
   tmc_shapley_truncated   the same, an order given up near the end     pyDVL 0.10.0
   dsir          hashed n-grams: counts, then log weights               data-selection 1.0.3
+  dsir_large    the same for 84 MB instead of 4.2                      data-selection 1.0.3
   retrieval     a gradient of 20,000 queries x 100 ranks, K = 20       ragbooster 0.1.1
   ekfac         influence of 512 pieces of text in a small GPT         kronfluence 1.0.1
   retrieval_large   ten steps of 1,000,000 x 100 (100M items); ours alone, needs 3 GB

@@ -11,9 +11,10 @@ in proportion to w. Of long documents the log weights differ by hundreds, so tha
 top-k; a `temperature` there or `Scored.per_ngram` here brings the chance back.
 
 Counting and scoring are NumPy on the host: features are hashes of strings, and a corpus is read
-from disks. A text becomes an array of characters, in which words are found, and n-grams are looked
-up, for many documents at once; only an n-gram that is new costs a SHA-256. Counts of shards add up
-(`Counts.merge`), so both passes run on any number of workers: see `experiments/select_corpus`.
+from disks, twice, or hashed once if it fits into memory (`Hasher.hash`). A text becomes an array of
+characters, in which words are found, and n-grams are looked up, for many documents at once; only an
+n-gram that is new costs a SHA-256. Counts of shards add up (`Counts.merge`), so both passes run on
+any number of workers: see `experiments/select_corpus`.
 
 Source: Xie et al., Data Selection for Language Models via Importance Resampling, NeurIPS 2023
 (arXiv 2302.03169); the package `data-selection`, whose hashes and log weights these are.
@@ -21,6 +22,7 @@ Source: Xie et al., Data Selection for Language Models via Importance Resampling
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -50,7 +52,8 @@ def tokenize(text: str) -> list[str]:
     >>> dsir.tokenize("Alice didn't go.")
     ['alice', 'didn', "'", 't', 'go', '.']
 
-  Source: what the package does by default (NLTK's `wordpunct_tokenize`).
+  Source: what the package does by default: `wordpunct_tokenize` of NLTK, up to 3.9. From
+  3.10 on it takes superscript digits, as in m³, for punctuation.
   """
   return _WORDS.findall(text.lower())
 
@@ -92,14 +95,19 @@ class Hasher:
     """Buckets of the n-grams of one text, int64[L], by order, then by place."""
     return np.concatenate([found for found, _ in self._orders([text])]).astype(np.int64)
 
+  def hash(self, texts: Iterable[str]) -> Hashed:
+    """The n-grams of texts that fit into memory, to count and to score without a second look.
+
+    Two bytes for each n-gram, in all about as many as the texts have.
+    """
+    return Hashed([self._orders(batch) for batch in _batches(texts)], self.buckets)
+
   def count(self, texts: Iterable[str]) -> Counts:
     """How often each bucket occurs in the texts."""
-    total, documents = np.zeros(self.buckets, np.int64), 0
+    total = Counts(np.zeros(self.buckets, np.int64))
     for batch in _batches(texts):
-      documents += len(batch)
-      for found, _ in self._orders(batch):
-        total += np.bincount(found, minlength=self.buckets)
-    return Counts(total, documents)
+      total = total.merge(self.hash(batch).count())
+    return total
 
   def score(self, texts: Iterable[str], ratio: np.ndarray) -> Scored:
     """Sums of the log ratios of each text's n-grams.
@@ -115,32 +123,21 @@ class Hasher:
     Raises:
       ValueError: a ratio that is not [m].
     """
-    if ratio.shape != (self.buckets,):
-      raise ValueError(f'ratio has shape {ratio.shape}; expected [{self.buckets}], one per bucket')
-    sums, words = [], []
-    for batch in _batches(texts):
-      total, size = np.zeros(len(batch)), len(batch)
-      for n, (found, document) in enumerate(self._orders(batch)):
-        # bincount adds in order, so that a sum does not depend on what else is in the batch.
-        total += np.bincount(document, weights=ratio[found], minlength=size)
-        if not n:
-          words.append(np.bincount(document, minlength=size))
-      sums.append(total)
-    if not sums:
-      return Scored(np.zeros(0), np.zeros(0, np.int64))
-    return Scored(np.concatenate(sums), np.concatenate(words))
+    scored = [self.hash(batch).score(ratio) for batch in _batches(texts)]
+    return Scored(*map(np.concatenate, zip(*scored))) if scored else self.hash([]).score(ratio)
 
-  def _orders(self, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(buckets, documents) of all unigrams, then bigrams, ... of the texts."""
-    words = _words(texts)
+  def _orders(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(buckets of all texts, number in each text) of unigrams, then bigrams, ..."""
+    words, out = _words(texts), []
     unigrams = prints = words.prints
     for n in range(1, self.order + 1):
       if n > 1:
         prints = _mixed(prints[:-1] * np.uint64(_BASE) + unigrams[n - 1 :])
       document = words.document[: len(prints)]
       first = np.flatnonzero(document == words.document[n - 1 :])  # where none crosses to the next
-      found = self._look_up(prints[first], words, n, first)
-      yield found, document[first]
+      numbers = np.bincount(document[first], minlength=len(texts))
+      out.append((self._look_up(prints[first], words, n, first), numbers))
+    return out
 
   def _look_up(self, prints: np.ndarray, words: _Words, n: int, first: np.ndarray) -> np.ndarray:
     """Buckets of the n-grams that begin with the words `first`, by fingerprints; new ones are
@@ -151,14 +148,13 @@ class Hasher:
     entry[missed] = self._table[place[missed] * np.uint64(_BASE) >> self._shift]
     new = missed[(entry[missed] ^ prints[missed]) > _LOW]
     if len(new):
-      different, back, again = np.unique(prints[new], return_index=True, return_inverse=True)
-      bucket = words.hashed(n, first[new[back]], self.buckets)
-      made = (different & ~_LOW) | bucket.astype(np.uint64)
-      entry[new] = made[again]
-      place = different * np.uint64(_STEP)
-      one, two = place >> self._shift, (place * np.uint64(_BASE)) >> self._shift
+      # One that comes again in these texts is hashed again: cheaper than to look for it.
+      bucket = words.hashed(n, first[new], self.buckets)
+      made = (prints[new] & ~_LOW) | bucket.astype(np.uint64)
+      entry[new] = made
+      one, two = place[new] >> self._shift, (place[new] * np.uint64(_BASE)) >> self._shift
       self._table[np.where(self._table[one] == 0, one, two)] = made
-    return (entry & _LOW).astype(np.int64)
+    return entry.astype(np.uint16)  # the lower 16 bits
 
 
 class _Words(NamedTuple):
@@ -222,8 +218,9 @@ def _words(texts: Sequence[str]) -> _Words:
   kind[1:-1] = _kinds()[data]
   if len(data) != len(text):
     _mark_wide(kind, data)
-  change = np.flatnonzero(kind[1:] != kind[:-1])
-  starts, ends = change[kind[change + 1] > 0], change[kind[change] > 0]
+  before, after = kind[:-1], kind[1:]
+  change = before != after
+  starts, ends = np.flatnonzero(change & (after > 0)), np.flatnonzero(change & (before > 0))
   sizes = [len(t) if t.isascii() else len(t.encode('utf8', 'surrogatepass')) for t in lower]
   per_text = np.diff(
     np.searchsorted(starts, np.cumsum(sizes) + np.arange(1, len(lower) + 1)), prepend=0
@@ -272,6 +269,52 @@ def _powers(size: int) -> tuple[np.ndarray, np.ndarray]:
     factors[0] = 1
     out.append(np.cumprod(factors))
   return out[0], out[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hashed:
+  """The n-grams of texts as buckets, from `Hasher.hash`.
+
+  Attributes:
+    parts: of some texts each: for unigrams, bigrams, ... the buckets, uint16[L], and how many of
+      them each text has, int64[n].
+    buckets: m.
+
+  Example:
+    >>> from jaxrw.scores import dsir
+    >>> raw = dsir.Hasher().hash(['Alice went', 'the Queen went'])
+    >>> target = dsir.Hasher().count(['the Queen of hearts'])
+    >>> raw.score(dsir.log_ratio(target, raw.count())).log_weights.round(2)
+    array([-49.72, -32.98])
+  """
+
+  parts: list[list[tuple[np.ndarray, np.ndarray]]]
+  buckets: int
+
+  def count(self) -> Counts:
+    """As `Hasher.count`."""
+    total, documents = np.zeros(self.buckets, np.int64), 0
+    for part in self.parts:
+      documents += len(part[0][1])
+      for found, _ in part:
+        total += np.bincount(found, minlength=self.buckets)
+    return Counts(total, documents)
+
+  def score(self, ratio: np.ndarray) -> Scored:
+    """As `Hasher.score`, the same numbers."""
+    if ratio.shape != (self.buckets,):
+      raise ValueError(f'ratio has shape {ratio.shape}; expected [{self.buckets}], one per bucket')
+    if not self.parts:
+      return Scored(np.zeros(0), np.zeros(0, np.int64))
+    sums = []
+    for part in self.parts:
+      total = 0.0
+      for found, numbers in part:
+        document = np.repeat(np.arange(len(numbers)), numbers)
+        # bincount adds in order, so that a sum does not depend on what else is in the part.
+        total += np.bincount(document, weights=ratio[found], minlength=len(numbers))
+      sums.append(total)
+    return Scored(np.concatenate(sums), np.concatenate([part[0][1] for part in self.parts]))
 
 
 class Scored(NamedTuple):

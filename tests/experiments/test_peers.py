@@ -29,7 +29,7 @@ def test_our_sides_of_small_cases():
   found = cases.neighbors_ours(cases.neighbors_input(None, 30, 8))
   assert np.isfinite(found['values']).all()
   text = cases.corpus_input(None, megabytes=0.05)
-  assert cases.corpus_ours(text)['values'].shape == text['texts'].shape
+  assert cases.corpus_ours(text)['values'].shape == text['sizes'].shape
   lists = cases.lists_input(None, 50, 40)
   values = cases.lists_ours(lists)['values']
   assert values.shape == (40,)

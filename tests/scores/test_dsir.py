@@ -95,6 +95,32 @@ def test_what_is_remembered_and_what_comes_along_change_nothing(monkeypatch):
     np.testing.assert_array_equal(together.words, [len(dsir.tokenize(t)) for t in documents])
 
 
+@pytest.mark.parametrize('order', [1, 3])
+def test_hashed_once_is_the_same_as_read_twice(monkeypatch, order):
+  documents = [*TEXTS, *_documents(0, 50)]
+  monkeypatch.setattr(dsir, '_BATCH', 500)
+  hashed = dsir.Hasher(order).hash(iter(documents))
+  assert len(hashed.parts) > 3
+  grams = [_buckets(text, order) for text in documents]
+  ngrams = np.bincount(np.concatenate(grams).astype(int), minlength=10_000)
+  for counts in (hashed.count(), dsir.Hasher(order).count(documents)):
+    np.testing.assert_array_equal(counts.ngrams, ngrams)
+    assert counts.documents == len(documents)
+  ratio = np.random.default_rng(0).normal(size=10_000)
+  found, twice = hashed.score(ratio), dsir.Hasher(order).score(documents, ratio)
+  np.testing.assert_array_equal(found.log_weights, twice.log_weights)
+  np.testing.assert_array_equal(found.words, twice.words)
+  np.testing.assert_allclose(found.log_weights, [ratio[g].sum() for g in grams], atol=1e-10)
+  assert sum(part[0].nbytes for parts in hashed.parts for part in parts) == 2 * ngrams.sum()
+
+
+def test_no_texts():
+  hashed, ratio = dsir.Hasher().hash([]), np.zeros(10_000)
+  assert hashed.count().documents == 0
+  for scored in (hashed.score(ratio), dsir.Hasher().score([], ratio)):
+    assert scored.log_weights.shape == scored.words.shape == (0,)
+
+
 def test_weights_are_a_loop():
   target, raw = _documents(0), _documents(1)
   ratio = dsir.log_ratio(_count(target), _count(raw), smoothing=0.5)
@@ -170,6 +196,7 @@ def test_errors():
     (lambda: dsir.Hasher(order=0), 'order=0'),
     (lambda: dsir.Hasher(buckets=1 << 17), 'buckets=131072'),
     (lambda: dsir.Hasher().score(['a'], np.ones(3)), r'ratio has shape \(3,\)'),
+    (lambda: dsir.Hasher().score([], np.ones(3)), r'ratio has shape \(3,\)'),
     (lambda: dsir.kl_reduction([], counts, counts), 'targets is empty'),
     (lambda: dsir.kl_reduction([counts], counts, empty), 'selected has no n-grams'),
     (lambda: dsir.shares(3, {'a': empty}), 'no target has n-grams'),
