@@ -300,33 +300,22 @@ def study(
   source: Source, s: Settings, kind: str, seeds: int, show: Callable[[Any], Any] = iter
 ) -> Iterator[tuple[str, Result]]:
   problems = [problem(source, s, kind, seed) for seed in range(TUNING + seeds)]
-  crowds = [crowds_of(p, s, seed) for seed, p in enumerate(show(problems))]
+  key, everything = jax.random.key(79), jnp.ones(s.train)
+  keys = lambda *numbers: jax.random.split(
+    functools.reduce(jax.random.fold_in, numbers, key), s.models
+  )
+  whole = trained(keys(0, 0), problems[0], everything, s)  # the same for all forget sets
+  crowds = []
+  for i, p in enumerate(show(problems)):
+    without = everything.at[p.forget].set(0)
+    crowds.append(Crowds(whole, *(trained(keys(crowd, i), p, without, s) for crowd in (1, 2))))
   for name in ARMS:
-    chosen, values = None, np.inf
-    for setting in settings_of(name, s):
-      found = [_measured(name, setting, c, p, s)[0] for c, p in zip(crowds, problems[:TUNING])]
-      if np.mean(found) < values or chosen is None:
-        chosen, values = setting, np.mean(found)
+    chosen = min(settings_of(name, s), key=lambda setting: np.nan_to_num(np.mean([
+      _measured(name, setting, c, p, s)[0] for c, p in zip(crowds, problems[:TUNING])
+    ]), nan=np.inf))  # fmt: skip
     pairs = [_measured(name, chosen, c, p, s) for c, p in zip(crowds[TUNING:], problems[TUNING:])]
-    yield (
-      name,
-      Result(
-        chosen._asdict(), cost(name, chosen, s), *([list(v) for v in part] for part in zip(*pairs))
-      ),
-    )
-
-
-def crowds_of(p: Problem, s: Settings, seed: int) -> Crowds:
-  everything = jnp.ones(s.train)
-  keys = lambda crowd, seed: jax.random.split(
-    jax.random.fold_in(jax.random.fold_in(jax.random.key(79), crowd), seed), s.models
-  )
-  without = everything.at[p.forget].set(0)
-  return Crowds(
-    trained(keys(0, 0), p, everything, s),  # the same for all forget sets
-    trained(keys(1, seed), p, without, s),
-    trained(keys(2, seed), p, without, s),
-  )
+    mean, high = ([list(v) for v in part] for part in zip(*pairs))
+    yield name, Result(chosen._asdict(), cost(name, chosen, s), mean, high)
 
 
 def _measured(

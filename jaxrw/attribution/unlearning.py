@@ -93,8 +93,8 @@ def klom(
     eps: for bins that no oracle is in.
 
   Returns:
-    float32[M], >= 0 up to eps; 0 where the counts agree. Report percentiles, over forgotten, kept
-    and new points apart.
+    float32[M], >= 0 up to eps; 0 where the counts agree, NaN where a margin is. Report
+    percentiles, over forgotten, kept and new points apart.
 
   Raises:
     ValueError: shapes that do not match, no models.
@@ -125,6 +125,7 @@ def klom(
     )
     p, q = share(p), share(q)
     q = jnp.where(q > 0, q, eps)
-    return jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1) / q), 0))
+    divergence = jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1) / q), 0))
+    return jnp.where(jnp.isnan(low + high), jnp.nan, divergence)  # or all would be in one bin
 
   return jax.vmap(of_point, in_axes=(1, 1))(unlearned, oracle)

@@ -62,6 +62,10 @@ def test_klom():
   np.testing.assert_allclose(attribution.klom(shifted, many, bins=40), [0.125, 0.125], rtol=0.15)
   far = attribution.klom(jnp.array([[1e9]]), jnp.array([[100.0]]))
   np.testing.assert_allclose(far, [0], atol=1e-6)  # clipped
+  for place in (0, 1):
+    broken = [margins, margins]
+    broken[place] = margins.at[3, 2].set(jnp.nan)
+    assert np.flatnonzero(np.isnan(attribution.klom(*broken))).tolist() == [2]
 
 
 def test_klom_is_a_loop_with_the_largest_in_the_last_bin():
