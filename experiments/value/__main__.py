@@ -236,13 +236,18 @@ def describe_unlearn(found: Mapping[str, Any]) -> str:
 
   rows = []
   for kind, arms in found['kinds'].items():
+    influence = np.array(arms['influence, as it is']['mean'])[:, 0]
     for i, (name, r) in enumerate(arms.items()):
       mean, high = np.array(r['mean']), np.array(r['high'])
+      chosen = ' '.join(f'{key} {value:g}' for key, value in r['setting'].items() if value)
       rows.append((
-        '' if i else kind, name, f'{r["cost"]:.2f}', *(interval(v, 2) for v in mean.T),
-        interval(high[:, 0], 2),
+        '' if i else kind, name, chosen, f'{r["cost"]:.2f}', *(interval(v, 2) for v in mean.T),
+        interval(high[:, 0], 2), interval(influence - mean[:, 0], 2),
       ))  # fmt: skip
-  head = ('', '', 'cost, runs', *study.POINTS, 'forgotten, 95th percentile')
+  head = (
+    '', '', 'chosen', 'cost, runs', *study.POINTS, 'forgotten, 95th percentile',
+    'forgotten, influence minus this',
+  )  # fmt: skip
   return f'{format_table(head, rows)}\n\nKLoM; costs are gradients of examples, in training runs.'
 
 

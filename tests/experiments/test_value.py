@@ -395,9 +395,14 @@ def test_tables_and_pictures():
   found = {'settings': {'taken': [0.1, 0.2]}, 'all': [0.7, 0.7], 'methods': {'x': result._asdict()}}
   assert '0.850 ±0.635' in program.describe_shapley(found)
   assert plots.draw_png(lambda: program.draw_removal(found, plots.LIGHT), plots.LIGHT)
-  result = unlearn.Result({}, 0.25, [[0.5, 0.4, 0.3], [0.6, 0.4, 0.3]], [[1.0, 1.0, 1.0]] * 2)
-  found = {'kinds': {kind: {'some arm': result._asdict()} for kind in unlearn.KINDS}}
-  assert '0.55 ±0.64' in program.describe_unlearn(found)
+  result = unlearn.Result(
+    {'rate': 0.001, 'steps': 0}, 0.25, [[0.5, 0.4, 0.3], [0.6, 0.4, 0.3]], [[1.0, 1.0, 1.0]] * 2
+  )
+  found = {'kinds': {kind: {'influence, as it is': result._asdict()} for kind in unlearn.KINDS}}
+  table = program.describe_unlearn(found)
+  assert '0.55 ±0.64' in table
+  assert '0.00 ±0.00' in table
+  assert 'rate 0.001  ' in table
   assert plots.draw_png(lambda: program.draw_forgotten(found, plots.LIGHT), plots.LIGHT)
 
 
